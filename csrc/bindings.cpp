@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module mio_ext._C: importing it registers the ops; its functions are what
+// `python -m mio_ext` reports about the build.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/pairwise_bce_cpu.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("compiler") = __VERSION__;
+  m.def("cpu_instruction_sets", &mio_ext::cpu_instruction_sets, "What this machine can run, best first.");
+  m.def("cpu_instruction_set", &mio_ext::cpu_instruction_set, "The one in use; MIO_CPU_ISA overrides.");
+}

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernel's face, free of torch.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../pairwise_bce.h"
+
+namespace mio_ext {
+
+// parallel(n, body) calls body(0) ... body(n - 1), on up to n threads, and returns when all have.
+using ParallelFor = std::function<void(int, const std::function<void(int)>&)>;
+
+// Writes problem.dx and problem.dy where they are wanted and returns the sums of the pass.
+// The result has the same bits for any number of threads.
+template <typename T>
+PairSums pairwise_bce_cpu(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel);
+
+// Instruction sets this machine can run, best first, and the one in use (MIO_CPU_ISA overrides).
+std::vector<std::string> cpu_instruction_sets();
+std::string cpu_instruction_set();
+
+}  // namespace mio_ext

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiles the CPU kernel once per instruction set and picks one when the program runs.
+#include "pairwise_bce_cpu.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace mio_ext {
+namespace {
+
+using Parallel = ParallelFor;
+
+// Uninitialised memory on a cache line.
+template <typename T>
+class Buffer {
+ public:
+  void allocate(int64_t count) {
+    memory_.reset(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kLine)));
+  }
+  T* data() { return memory_.get(); }
+  const T* data() const { return memory_.get(); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<T, Free> memory_;
+};
+
+}  // namespace
+}  // namespace mio_ext
+
+#if defined(__x86_64__)
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,avx2")
+#define MIO_ISA avx512
+#define MIO_VECTOR_BYTES 64
+#define MIO_MR 8
+#define MIO_NV 2
+#include "pairwise_bce_kernel.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("fma,avx2")
+#define MIO_ISA avx2
+#define MIO_VECTOR_BYTES 32
+#define MIO_MR 4
+#define MIO_NV 2
+#include "pairwise_bce_kernel.h"
+#pragma GCC pop_options
+
+#endif
+
+#define MIO_ISA portable
+#define MIO_VECTOR_BYTES 16
+#define MIO_MR 4
+#define MIO_NV 2
+#include "pairwise_bce_kernel.h"
+
+namespace mio_ext {
+
+std::vector<std::string> cpu_instruction_sets() {
+  std::vector<std::string> names;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw"))
+    names.push_back("avx512");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
+#endif
+  names.push_back("portable");
+  return names;
+}
+
+namespace {
+
+// The best this machine has, or MIO_CPU_ISA where it is set to something the machine can run.
+const std::string& chosen() {
+  static const std::string name = [] {
+    const std::vector<std::string> names = cpu_instruction_sets();
+    const char* wish = std::getenv("MIO_CPU_ISA");
+    if (wish == nullptr) return names.front();
+    for (const std::string& n : names)
+      if (n == wish) return n;
+    throw std::runtime_error(std::string("MIO_CPU_ISA: this machine cannot run \"") + wish + "\"");
+  }();
+  return name;
+}
+
+}  // namespace
+
+std::string cpu_instruction_set() { return chosen(); }
+
+template <typename T>
+PairSums pairwise_bce_cpu(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel) {
+#if defined(__x86_64__)
+  if (chosen() == "avx512") return avx512::run(problem, threads, parallel);
+  if (chosen() == "avx2") return avx2::run(problem, threads, parallel);
+#endif
+  return portable::run(problem, threads, parallel);
+}
+
+template PairSums pairwise_bce_cpu(const PairwiseBCE<float>&, int, const ParallelFor&);
+template PairSums pairwise_bce_cpu(const PairwiseBCE<double>&, int, const ParallelFor&);
+
+}  // namespace mio_ext

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// The schemas of mio_ext's ops. Implementations register themselves in csrc/<device>/; the fake
+// implementation and the autograd function are in mio_ext/ops.py.
+#include <torch/library.h>
+
+TORCH_LIBRARY(mio_ext, m) {
+  // Eq. (11)-(12) of mio_ext/reference.py, its gradients and its statistics in one pass.
+  //
+  // y: None means y = x; the gradient of both roles is then in dx.
+  // x_ids, y_ids: int64 [M], [K]; equal ids are positive pairs. None: the positive column of row i is
+  //     offset + (i + shift) mod M. y_ids is None where y is.
+  // params: (a_p, a_n, b, w_p, w_n, w_l) as a tensor [6] of the loss's dtype on x's device, never
+  //     read by the host; None: the same six numbers are in `constants`, which is empty otherwise.
+  // needs_grad: for x, y and params.
+  //
+  // loss, dparams [6]: float32, float64 for float64 inputs. dx [M, D], dy [K, D]: the same, so that a
+  //     16-bit gradient is rounded once, after grad_output; empty where not needed.
+  // stats: float64 [8], the fields of reference.PairStats.
+  m.def(
+      "pairwise_bce(Tensor x, Tensor? y, Tensor? x_ids, Tensor? y_ids, Tensor? params, float[] constants, "
+      "SymInt shift, SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad) "
+      "-> (Tensor loss, Tensor stats, Tensor dx, Tensor dy, Tensor dparams)");
+}

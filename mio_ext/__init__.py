@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused pairwise sigmoid contrastive losses. Start at :func:`mio_loss`; the maths is in ``reference``."""
+
+from . import reference
+from .losses import MIOLoss, mio_loss
+from .ops import available_backends
+from .reference import PairStats
+
+__version__ = "0.1.0"
+__all__ = ["MIOLoss", "PairStats", "available_backends", "mio_loss", "reference"]

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m mio_ext``: versions, what was built, what can run here and why the rest cannot."""
+
+import importlib.util
+import platform
+
+import torch
+
+from . import __version__, ops
+
+
+def main() -> None:
+    triton = "present" if importlib.util.find_spec("triton") else "not installed"
+    print(f"mio_ext {__version__}, torch {torch.__version__}, triton {triton}, Python {platform.python_version()}")
+    if ops._C is None:
+        print("extension: not built")
+    else:
+        sets = ops._C.cpu_instruction_sets()
+        print(f"extension: built with {ops._C.compiler}")
+        print(f"CPU kernel: {ops._C.cpu_instruction_set()} of {', '.join(sets)}; {torch.get_num_threads()} threads")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"GPUs: {', '.join(gpus) or 'none'}")
+    print("backends:")
+    for backend in ops.BACKENDS:
+        print(f"  {backend:<10} {ops.unavailable_reason(backend) or 'available'}")
+    table = ", ".join(f"{device}: {backend}" for device, backend in ops.AUTO.items())
+    print(f"backend='auto': {table}, any other device: reference")
+
+
+if __name__ == "__main__":
+    main()

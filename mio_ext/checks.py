@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks every loss makes before it runs, the same for all backends.
+
+A message names the op, the argument, what is expected and what came. Nothing here reads a value
+from a tensor: that would stall a GPU. A bad value in a tensor shows as NaN in the loss.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_features(op: str, **features: Tensor) -> None:
+    """Two feature matrices of one dtype, device and width, by name. Raises TypeError or ValueError."""
+    (name, first), (other_name, other) = features.items()
+    for argument, t in features.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {argument} must be a tensor, got {type(t).__name__}")
+        if t.dim() != 2:
+            raise ValueError(f"{op}: {argument} must be two-dimensional, [B, D], got {list(t.shape)}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{op}: {argument} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+    if first.shape[1] == 0:
+        raise ValueError(f"{op}: {name} must have at least one feature, got {list(first.shape)}")
+    if other.dtype != first.dtype:
+        raise TypeError(f"{op}: {other_name} must be {first.dtype} like {name}, got {other.dtype}")
+    if other.device != first.device:
+        raise ValueError(f"{op}: {other_name} must be on {first.device} like {name}, got {other.device}")
+
+
+def check_number(op: str, name: str, value: float | Tensor, like: Tensor, *, positive: bool = False) -> None:
+    """A finite float (> 0 where ``positive``), or a floating tensor of one element on ``like``'s device."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{op}: {name} must be a float or a tensor of one element, got {list(value.shape)}")
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {value.dtype}")
+        if value.device != like.device:
+            raise ValueError(f"{op}: {name} must be on {like.device} like the features, got {value.device}")
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a float or a tensor of one element, got {type(value).__name__}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        kind = "positive and finite" if positive else "finite"
+        raise ValueError(f"{op}: {name} must be {kind}, got {value}")
+
+
+def check_ids(op: str, name: str, ids: Tensor, rows: int, like: Tensor) -> None:
+    """Integer ids, one a row."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor of integers, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{op}: {name} must be integers, got {ids.dtype}")
+    if ids.shape != (rows,):
+        raise ValueError(f"{op}: {name} must be [{rows}], an id for each row, got {list(ids.shape)}")
+    if ids.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} like the features, got {ids.device}")

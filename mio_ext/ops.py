@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op ``mio_ext::pairwise_bce`` as Python sees it: backends, fake implementation, autograd.
+
+The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_kernel.h.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import PairStats
+
+try:
+    from . import _C
+except ImportError as error:
+    _C, _BUILD_ERROR = None, str(error)
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+#: What backend="auto" takes, by the type of the features' device; any other device: "reference".
+AUTO = {"cpu": "cpu"}
+
+
+def unavailable_reason(backend: str) -> str | None:
+    """Why ``backend`` cannot run here, in one sentence; None if it can."""
+    if backend == "cpu" and _C is None:
+        return f"the extension is not built ({_BUILD_ERROR}); run: python setup.py build_ext"
+    if backend in ("cuda", "triton"):
+        return f"this version has no {backend} kernels yet"
+    return None
+
+
+def available_backends() -> list[str]:
+    """The backends that can run here; ``python -m mio_ext`` also says why the others cannot."""
+    return [backend for backend in BACKENDS if unavailable_reason(backend) is None]
+
+
+def choose_backend(op: str, backend: str, device: torch.device) -> str:
+    """The backend to run: "auto" resolved by the table :data:`AUTO`, anything else checked.
+
+    Raises:
+        ValueError: unknown backend, or features on a device that it does not run on.
+        RuntimeError: the backend cannot run here.
+    """
+    if backend == "auto":
+        backend = AUTO.get(device.type, "reference")
+    elif backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    reason = unavailable_reason(backend)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"{op}: backend 'cpu' needs features on the CPU, got {device}")
+    return backend
+
+
+def pairwise_bce(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    scale: tuple[float | Tensor, float | Tensor] = (1.0, 1.0),
+    bias: float | Tensor = 0.0,
+    weights: tuple[float | Tensor, float | Tensor, float | Tensor] = (1.0, 1.0, 0.0),
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    shift: int = 0,
+    offset: int = 0,
+    exclude_self: bool = False,
+    normalize: bool = False,
+    backend: str = "cpu",
+) -> tuple[Tensor, PairStats]:
+    """:func:`reference.pairwise_bce` on a backend; same arguments, same results.
+
+    16-bit features are computed on in float32 and get 16-bit gradients; autocast changes nothing.
+    """
+    if backend == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.pairwise_bce(
+                _at_least_float32(x),
+                None if y is None else _at_least_float32(y),
+                scale=scale,
+                bias=bias,
+                weights=weights,
+                x_ids=x_ids,
+                y_ids=y_ids,
+                shift=shift,
+                offset=offset,
+                exclude_self=exclude_self,
+                normalize=normalize,
+            )
+    numbers = (*scale, bias, *weights)
+    params = _as_tensor(numbers, x) if any(isinstance(n, Tensor) for n in numbers) else None
+    constants = [] if params is not None else [float(n) for n in numbers]  # type: ignore[arg-type]
+    # Inside forward() gradients are always off, so what is needed is decided out here.
+    grad = torch.is_grad_enabled()
+    needs_grad = [grad and t is not None and t.requires_grad for t in (x, y, params)]
+    loss, stats = PairwiseBCE.apply(
+        x, y, params, x_ids, y_ids, constants, shift, offset, exclude_self, normalize, needs_grad
+    )
+    return loss, PairStats(*stats.unbind())
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.float() if t.dtype.itemsize < 4 else t
+
+
+def _as_tensor(numbers: tuple[float | Tensor, ...], like: Tensor) -> Tensor:
+    """The op's ``params``; stack() hands each learnable number its gradient in its own shape."""
+    dtype = loss_dtype(like.dtype)
+    return torch.stack(
+        [
+            n.to(dtype).reshape(()) if isinstance(n, Tensor) else torch.full((), n, dtype=dtype, device=like.device)
+            for n in numbers
+        ]
+    )
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the arithmetic, of the loss and of the op's gradients."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class PairwiseBCE(torch.autograd.Function):
+    """The differentiable face of the op. The gradient is made along with the loss; backward scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, params: Tensor | None, *config: Any) -> tuple[Tensor, Tensor]:
+        x_ids, y_ids, *rest = config
+        loss, stats, dx, dy, dparams = torch.ops.mio_ext.pairwise_bce(x, y, x_ids, y_ids, params, *rest)
+        ctx.save_for_backward(dx, dy, dparams)
+        ctx.needs_grad = rest[-1]
+        ctx.dtype = x.dtype
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "pairwise_bce: a fused backend has no second derivative; pass backend='reference' for create_graph=True"
+            )
+        # Rounded to 16 bits only after grad_output: a loss scale must be able to save small gradients.
+        dx, dy, dparams = ((g * grad_loss) if n else None for g, n in zip(ctx.saved_tensors, ctx.needs_grad, strict=True))
+        dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
+        return dx, dy, dparams, *[None] * 8
+
+
+if _C is not None:
+
+    @torch.library.register_fake("mio_ext::pairwise_bce")
+    def _(
+        x: Tensor,
+        y: Tensor | None,
+        x_ids: Tensor | None,
+        y_ids: Tensor | None,
+        params: Tensor | None,
+        constants: list[float],
+        shift: int,
+        offset: int,
+        exclude_self: bool,
+        normalize: bool,
+        needs_grad: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        dtype = loss_dtype(x.dtype)
+
+        def wanted(needs: bool, shape: Any) -> Tensor:
+            return x.new_empty(shape if needs else (0,), dtype=dtype)
+
+        return (
+            wanted(True, ()),
+            x.new_empty(8, dtype=torch.float64),
+            wanted(needs_grad[0], x.shape),
+            wanted(needs_grad[1], (0,) if y is None else y.shape),
+            wanted(needs_grad[2], 6),
+        )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The maths of mio_ext in plain PyTorch: the definition that every fused backend is tested against.
+
+Everything here is dense (O(N^2) memory), runs in any floating dtype on any device, and is
+differentiable as often as one likes. Equation numbers are the ones the kernels cite.
+
+Two views z1, z2 [B, D] of the same B samples; N = 2B, Z = [z1; z2], p(i) = (i + B) mod N:
+
+    (1)  ẑ_i  = z_i / max(‖z_i‖₂, 1e-12)
+    (2)  s_ij = ẑ_i · ẑ_j
+    (3)  L_pos = 1/N          Σ_i                 softplus(−(s_{i,p(i)}/τ_p + b))
+    (4)  L_neg = 1/(N(N−2))   Σ_i Σ_{j≠i, j≠p(i)} softplus( s_ij/τ_n + b)
+    (5)  L_reg = λ · mean over the B·D elements of (ẑ1 − ẑ2)²
+    (6)  L     = L_pos + L_neg + L_reg
+
+The gradient, with G_ij = ∂L/∂s_ij over ordered pairs (symmetric, zero on the diagonal):
+
+    (7)  G_{i,p(i)} = −σ(−s/τ_p − b) / (N τ_p) − λ/(B·D)
+    (8)  G_ij       =  σ( s/τ_n + b) / (N(N−2) τ_n)      otherwise
+    (9)  ∂L/∂ẑ_i    = 2 Σ_j G_ij ẑ_j
+    (10) ∂L/∂z_i    = (I − ẑ_i ẑ_iᵀ) ∂L/∂ẑ_i / ‖z_i‖     for ‖z_i‖ > 1e-12, else 0
+
+The form all losses share, for rows x [M, D] and columns y [K, D]:
+
+    (11) ℓ_ij = a·(x_i·y_j) + b,   a = a_p on positive pairs, a_n on negative pairs
+    (12) L    = w_p Σ_pos softplus(−ℓ) + w_n Σ_neg softplus(ℓ) + w_l/2 Σ_pos ‖x_i − y_j‖²
+
+MIO is (12) with x = y = Ẑ, a_p = 1/τ_p, a_n = 1/τ_n, w_p = 1/N, w_n = 1/(N(N−2)) and
+w_l = λ/(B·D): summed over the N ordered positive pairs, the last term is exactly (5).
+SigLIP is (12) with x = images, y = texts, a_p = a_n = logit scale, w_p = w_n = 1/M, w_l = 0.
+
+Sources: MIO, arXiv 2111.12664 (version 1); SigLIP, arXiv 2303.15343.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Norms are clamped to this from below, as in ``torch.nn.functional.normalize``.
+EPS = 1e-12
+
+
+class PairStats(NamedTuple):
+    """What the pass over all pairs saw; 0-dim float64 tensors without gradient, over ordered pairs.
+
+    A mean over no pairs at all is NaN.
+    """
+
+    positives: Tensor  #: number of positive pairs
+    negatives: Tensor  #: number of negative pairs
+    positive_loss: Tensor  #: mean softplus(−ℓ) over positive pairs
+    negative_loss: Tensor  #: mean softplus(ℓ) over negative pairs
+    positive_cosine: Tensor  #: mean x_i·y_j over positive pairs (the cosine where rows are unit vectors)
+    negative_cosine: Tensor  #: mean x_i·y_j over negative pairs
+    positive_probability: Tensor  #: mean σ(ℓ) over positive pairs
+    negative_probability: Tensor  #: mean σ(ℓ) over negative pairs
+
+
+def normalized(z: Tensor) -> Tensor:
+    """Eq. (1); a row of norm ≤ 1e-12 gets no gradient."""
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    # where() keeps the square root's infinite slope at 0 out of the graph; NaN rows stay NaN.
+    degenerate = norm <= EPS
+    safe = torch.linalg.vector_norm(torch.where(degenerate, torch.ones_like(z), z), dim=1, keepdim=True)
+    return torch.where(degenerate, z.detach() / EPS, z / safe)
+
+
+def mio_loss(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    negative_temperature: float | Tensor | None = None,
+    regularizer: float = 1.0,
+    bias: float | Tensor | None = None,
+) -> Tensor:
+    """Eq. (1)–(6), as written. Shapes and arguments as in :func:`mio_ext.mio_loss`."""
+    batch = z1.shape[0]
+    n = 2 * batch
+    tau_p = temperature
+    tau_n = temperature if negative_temperature is None else negative_temperature
+    b = 0.0 if bias is None else bias
+    z = normalized(torch.cat([z1, z2]))  # (1)
+    s = z @ z.T  # (2)
+    index = torch.arange(n, device=z.device)
+    partner = (index + batch) % n
+    negative = (index[:, None] != index) & (partner[:, None] != index)
+    loss_pos = F.softplus(-(s[index, partner] / tau_p + b)).sum() / n  # (3)
+    loss_neg = F.softplus(s / tau_n + b)[negative].sum() / (n * (n - 2))  # (4)
+    loss_reg = regularizer * (z[:batch] - z[batch:]).square().mean()  # (5)
+    return loss_pos + loss_neg + loss_reg  # (6)
+
+
+def pairwise_bce(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    scale: tuple[float | Tensor, float | Tensor] = (1.0, 1.0),
+    bias: float | Tensor = 0.0,
+    weights: tuple[float | Tensor, float | Tensor, float | Tensor] = (1.0, 1.0, 0.0),
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    shift: int = 0,
+    offset: int = 0,
+    exclude_self: bool = False,
+    normalize: bool = False,
+) -> tuple[Tensor, PairStats]:
+    """Eq. (11)–(12) over all pairs of the rows ``x`` [M, D] and the columns ``y`` [K, D] (None: y = x).
+
+    Row i's own column is ``offset + i``; with ``exclude_self`` that pair does not count.
+    Its positive column is ``offset + (i + shift) mod M``, if there is such a column, unless
+    ``x_ids`` [M] and ``y_ids`` [K] are given: then every pair of equal ids is positive.
+
+    Args:
+        scale: (a_p, a_n).
+        weights: (w_p, w_n, w_l).
+        normalize: apply eq. (1) to x and y first.
+
+    Returns:
+        The loss (0-dim) and the statistics of the pass.
+    """
+    if normalize:
+        x = normalized(x)
+        y = None if y is None else normalized(y)
+    if y is None:
+        y, y_ids = x, x_ids
+    m, k = x.shape[0], y.shape[0]
+    row = torch.arange(m, device=x.device)[:, None]
+    col = torch.arange(k, device=x.device)
+    keep = (col != offset + row) if exclude_self else torch.ones(m, k, dtype=torch.bool, device=x.device)
+    if x_ids is None:
+        positive = keep & (col == offset + (row + shift) % m)
+    else:
+        assert y_ids is not None
+        positive = keep & (x_ids[:, None] == y_ids)
+    negative = keep & ~positive
+
+    s = x @ y.T
+    logit_p, logit_n = (scale[0] * s + bias)[positive], (scale[1] * s + bias)[negative]  # (11)
+    loss_p, loss_n = F.softplus(-logit_p), F.softplus(logit_n)
+    distance = (x.square().sum(1)[:, None] + y.square().sum(1))[positive] / 2 - s[positive]
+    w_p, w_n, w_l = weights
+    loss = w_p * loss_p.sum() + w_n * loss_n.sum() + w_l * distance.sum()  # (12)
+
+    def mean(values: Tensor) -> Tensor:
+        return values.detach().double().mean()
+
+    stats = PairStats(
+        positive.sum().double(),
+        negative.sum().double(),
+        mean(loss_p),
+        mean(loss_n),
+        mean(s[positive]),
+        mean(s[negative]),
+        mean(logit_p.sigmoid()),
+        mean(logit_n.sigmoid()),
+    )
+    return loss, stats
