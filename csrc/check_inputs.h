@@ -12,8 +12,7 @@ namespace mio_ext {
 
 inline void check_ids(const std::optional<at::Tensor>& ids, const char* name, int64_t rows, const at::Tensor& x) {
   if (!ids) return;
-  TORCH_CHECK_TYPE(ids->scalar_type() == at::kLong, "pairwise_bce: ", name, " must be int64, got ",
-                   ids->scalar_type());
+  TORCH_CHECK_TYPE(ids->scalar_type() == at::kLong, "pairwise_bce: ", name, " must be int64, got ", ids->scalar_type());
   TORCH_CHECK_VALUE(ids->dim() == 1 && ids->size(0) == rows, "pairwise_bce: ", name, " must be [", rows, "], got ",
                     ids->sizes());
   TORCH_CHECK_VALUE(ids->device() == x.device(), "pairwise_bce: ", name, " must be on ", x.device(), " like x, got ",
@@ -37,7 +36,8 @@ inline void check_inputs(const at::Tensor& x, const std::optional<at::Tensor>& y
   }
   check_ids(x_ids, "x_ids", x.size(0), x);
   if (y) check_ids(y_ids, "y_ids", y->size(0), x);
-  TORCH_CHECK_VALUE(y_ids.has_value() == (y && x_ids), "pairwise_bce: y_ids must be given with x_ids and y, and only then");
+  TORCH_CHECK_VALUE(y_ids.has_value() == (y && x_ids),
+                    "pairwise_bce: y_ids must be given with x_ids and y, and only then");
   TORCH_CHECK_VALUE(constants.size() == (params ? 0 : 6),
                     "pairwise_bce: give six constants, or params and no constants; got ", constants.size(),
                     params ? " with params" : " without params");
@@ -47,15 +47,16 @@ inline void check_inputs(const at::Tensor& x, const std::optional<at::Tensor>& y
                           params->device() == x.device(),
                       "pairwise_bce: params must be [6], ", loss_type, ", on ", x.device(), "; got ", params->sizes(),
                       ", ", params->scalar_type(), ", on ", params->device());
-  TORCH_CHECK_VALUE(shift >= 0 && shift < x.size(0), "pairwise_bce: shift must be in [0, ", x.size(0), "), got ", shift);
+  TORCH_CHECK_VALUE(shift >= 0 && shift < x.size(0), "pairwise_bce: shift must be in [0, ", x.size(0), "), got ",
+                    shift);
   TORCH_CHECK_VALUE(y || offset == 0, "pairwise_bce: offset must be 0 without y, got ", offset);
   TORCH_CHECK_VALUE(offset >= 0, "pairwise_bce: offset must be at least 0, got ", offset);
   TORCH_CHECK_VALUE(y || x_ids || shift * 2 % x.size(0) == 0,
                     "pairwise_bce: without y and ids the positives must be mutual, shift 0 or M/2; got shift ", shift,
                     " with M = ", x.size(0));
   TORCH_CHECK_VALUE(y || !needs_grad[1], "pairwise_bce: there is no gradient for y = None");
-  TORCH_CHECK_VALUE(normalize || params || constants[5] == 0,
-                    "pairwise_bce: the linear weight needs normalize, got ", constants[5], " without");
+  TORCH_CHECK_VALUE(normalize || params || constants[5] == 0, "pairwise_bce: the linear weight needs normalize, got ",
+                    constants[5], " without");
 }
 
 }  // namespace mio_ext

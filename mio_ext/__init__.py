@@ -2,9 +2,17 @@
 """Fused pairwise sigmoid contrastive losses. Start at :func:`mio_loss`; the maths is in ``reference``."""
 
 from . import reference
-from .losses import MIOLoss, mio_loss
+from .losses import MIOLoss, SigLIPLoss, mio_loss, siglip_loss
 from .ops import available_backends
 from .reference import PairStats
 
 __version__ = "0.1.0"
-__all__ = ["MIOLoss", "PairStats", "available_backends", "mio_loss", "reference"]
+__all__ = [
+    "MIOLoss",
+    "PairStats",
+    "SigLIPLoss",
+    "available_backends",
+    "mio_loss",
+    "reference",
+    "siglip_loss",
+]

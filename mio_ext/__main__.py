@@ -12,12 +12,14 @@ from . import __version__, ops
 def main() -> None:
     triton = "present" if importlib.util.find_spec("triton") else "not installed"
     print(f"mio_ext {__version__}, torch {torch.__version__}, triton {triton}, Python {platform.python_version()}")
-    if ops._C is None:
+    if ops.extension is None:
         print("extension: not built")
     else:
-        sets = ops._C.cpu_instruction_sets()
-        print(f"extension: built with {ops._C.compiler}")
-        print(f"CPU kernel: {ops._C.cpu_instruction_set()} of {', '.join(sets)}; {torch.get_num_threads()} threads")
+        sets = ops.extension.cpu_instruction_sets()
+        print(f"extension: built with {ops.extension.compiler}")
+        print(
+            f"CPU kernel: {ops.extension.cpu_instruction_set()} of {', '.join(sets)}; {torch.get_num_threads()} threads"
+        )
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPUs: {', '.join(gpus) or 'none'}")
     print("backends:")

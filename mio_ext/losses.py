@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, ops
+from .ops import Number
 from .reference import PairStats
 
 
@@ -14,10 +15,11 @@ def mio_loss(
     z1: Tensor,
     z2: Tensor,
     *,
-    temperature: float | Tensor = 0.5,
-    negative_temperature: float | Tensor | None = None,
-    regularizer: float = 1.0,
-    bias: float | Tensor | None = None,
+    temperature: Number = 0.5,
+    negative_temperature: Number | None = None,
+    regularizer: Number = 1.0,
+    bias: Number | None = None,
+    labels: Tensor | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, PairStats]:
@@ -37,9 +39,11 @@ def mio_loss(
         temperature: for positive pairs, and for negative ones unless ``negative_temperature`` is given.
         regularizer: λ; weight of the squared distance between the views.
         bias: added to every logit; None is 0.
-            Temperatures and bias: a float, or a tensor of one element ([] or [1]), which gets its
+            Temperatures, regularizer and bias: a float, or a tensor of one element ([] or [1]), which gets its
             gradient if it requires one. A float is checked; a tensor's value is never read on the host,
             so a bad one shows as NaN in the loss.
+        labels: integers [B]; supervised MIO, eq. (13) of :mod:`mio_ext.reference`: every two rows of
+            one label are a positive pair, every other two a negative one, and both terms stay means.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
         return_stats: also return the :class:`PairStats` of the same pass.
 
@@ -67,11 +71,25 @@ def mio_loss(
     checks.check_number(op, "bias", bias, z1)
     checks.check_number(op, "regularizer", regularizer, z1)
     n = 2 * batch
+    weights: tuple[Number, Number, Number] = (1 / n, 1 / (n * (n - 2)), regularizer / (batch * dim))
+    ids = None
+    if labels is not None:
+        checks.check_ids(op, "labels", labels, batch, z1)
+        ids = torch.cat([labels, labels]).long()
+        positives = _positives_per_row(ids, ids).sum().double() - n
+        negatives = n * (n - 1) - positives
+        # A label that all rows share leaves no negatives, and eq. (13) no negative term.
+        weights = (
+            1 / positives,
+            torch.where(negatives > 0, 1 / negatives, 0),
+            2 * regularizer / (positives * dim),
+        )
     loss, stats = ops.pairwise_bce(
         torch.cat([z1, z2]),
         scale=(1 / temperature, 1 / negative_temperature),
         bias=bias,
-        weights=(1 / n, 1 / (n * (n - 2)), regularizer / (batch * dim)),
+        weights=weights,
+        x_ids=ids,
         shift=batch,
         exclude_self=True,
         normalize=True,
@@ -85,10 +103,10 @@ class MIOLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.5,
-        negative_temperature: float | Tensor | None = None,
-        regularizer: float = 1.0,
-        bias: float | Tensor | None = None,
+        temperature: Number = 0.5,
+        negative_temperature: Number | None = None,
+        regularizer: Number = 1.0,
+        bias: Number | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -100,7 +118,7 @@ class MIOLoss(nn.Module):
         self.backend = backend
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        loss = mio_loss(
+        return mio_loss(  # type: ignore[return-value]
             z1,
             z2,
             temperature=self.temperature,
@@ -109,8 +127,148 @@ class MIOLoss(nn.Module):
             bias=self.bias,
             backend=self.backend,
         )
-        assert isinstance(loss, Tensor)
-        return loss
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, regularizer={self.regularizer}, backend={self.backend!r}"
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Number,
+    logit_bias: Number | None = None,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    text_offset: int = 0,
+    negative_only: bool = False,
+    normalize: bool = False,
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, PairStats]:
+    r"""The SigLIP sigmoid loss of M images against K texts, never holding the M × K matrix.
+
+    With ℓ_ij = logit_scale · x_i·y_j + logit_bias::
+
+        −1/M Σ_i Σ_j log σ(±ℓ_ij),   + on positive pairs, − on all others
+
+    Equal to :func:`mio_ext.reference.siglip_loss`, and with M = K and no other options to open_clip's.
+
+    Args:
+        image_features: [M, D], float32, float64, bfloat16 or float16; unit rows, or pass ``normalize``.
+        text_features: [K, D]. Text ``text_offset + i`` is the positive of image i, so
+            M + text_offset ≤ K, unless ids say otherwise or there are no positives at all.
+        logit_scale: already exponentiated; a float > 0 or a tensor of one element.
+        logit_bias: a float or a tensor of one element; None is 0.
+            A tensor gets its gradient if it requires one; its value is never read on the host, so a
+            bad one shows as NaN in the loss.
+        image_ids, text_ids: integers [M] and [K]; pairs of one id are positive (several captions of one
+            image, the same caption twice). On the CPU an image without any text is an error.
+        negative_only: no positive pairs: the texts of another rank, say.
+        normalize: divide every row by its norm first, the gradient included.
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
+        return_stats: also return the :class:`PairStats` of the same pass.
+
+    Returns:
+        The loss, 0-dim float32 (float64 for float64 features); with ``return_stats``, (loss, stats).
+        Gradients have the features' dtype, and are only computed for what requires one.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named with what is expected and what came.
+        RuntimeError: the backend cannot run here; or a second derivative was asked of a fused backend.
+
+    Source: arXiv 2303.15343, algorithm 1.
+    """
+    op = "siglip_loss"
+    checks.check_features(op, image_features=image_features, text_features=text_features)
+    m, k = len(image_features), len(text_features)
+    if m == 0 or k == 0 or text_features.shape[1] != image_features.shape[1]:
+        raise ValueError(
+            f"{op}: text_features must be [K, D] with the D of image_features and no side empty, "
+            f"got {list(image_features.shape)} and {list(text_features.shape)}"
+        )
+    logit_bias = 0.0 if logit_bias is None else logit_bias
+    checks.check_number(op, "logit_scale", logit_scale, image_features, positive=True)
+    checks.check_number(op, "logit_bias", logit_bias, image_features)
+    if (image_ids is None) != (text_ids is None):
+        raise ValueError(f"{op}: image_ids and text_ids must be given together")
+    if image_ids is not None and text_ids is not None:
+        if negative_only or text_offset:
+            raise ValueError(f"{op}: ids already say what is positive; drop text_offset and negative_only")
+        checks.check_ids(op, "image_ids", image_ids, m, image_features)
+        checks.check_ids(op, "text_ids", text_ids, k, image_features)
+        image_ids, text_ids = image_ids.long(), text_ids.long()
+        _check_every_row_has_a_positive(op, image_ids, text_ids)
+    elif not negative_only and not 0 <= text_offset <= k - m:
+        raise ValueError(
+            f"{op}: image i's text is row text_offset + i of text_features, so text_offset must be in "
+            f"[0, {k - m}] for {m} images and {k} texts, got {text_offset}; without positives pass negative_only"
+        )
+    loss, stats = ops.pairwise_bce(
+        image_features,
+        text_features,
+        scale=(logit_scale, logit_scale),
+        bias=logit_bias,
+        weights=(1 / m, 1 / m, 0.0),
+        x_ids=image_ids,
+        y_ids=text_ids,
+        offset=k if negative_only else text_offset,  # a positive past the last column is none
+        normalize=normalize,
+        backend=ops.choose_backend(op, backend, image_features.device),
+    )
+    return (loss, stats) if return_stats else loss
+
+
+class SigLIPLoss(nn.Module):
+    """Drop-in for open_clip's ``SigLipLoss``: same constructor, call, value and gradients.
+
+    ``cache_labels`` and ``chunk_size`` are accepted and mean nothing here: there is no label matrix to
+    cache, and memory never grows with the square of the batch.
+
+    Raises:
+        ValueError: ``world_size`` is not 1; several processes are not supported yet.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if world_size != 1:
+            raise ValueError(f"SigLIPLoss: world_size must be 1, several processes come later, got {world_size}")
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Number,
+        logit_bias: Number | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
+        assert isinstance(loss, Tensor)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _positives_per_row(x_ids: Tensor, y_ids: Tensor) -> Tensor:
+    """How many columns share each row's id, in O((M + K) log K) and without an M × K mask."""
+    columns = y_ids.sort().values
+    return torch.searchsorted(columns, x_ids, right=True) - torch.searchsorted(columns, x_ids)
+
+
+def _check_every_row_has_a_positive(op: str, image_ids: Tensor, text_ids: Tensor) -> None:
+    if image_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # reading the answer would stall the GPU, or break the graph
+    lonely = (_positives_per_row(image_ids, text_ids) == 0).nonzero()
+    if len(lonely):
+        row = int(lonely[0])
+        raise ValueError(
+            f"{op}: every image needs a text of its id, but image {row} (id {int(image_ids[row])}) has none"
+        )

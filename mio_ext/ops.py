@@ -6,6 +6,7 @@ The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_kernel.h.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from torch import Tensor
 from . import reference
 from .reference import PairStats
 
+extension: Any = None
 try:
-    from . import _C
+    extension = importlib.import_module("mio_ext._C")  # registers the op's schema and C++ kernels
 except ImportError as error:
-    _C, _BUILD_ERROR = None, str(error)
+    _build_error = str(error)
+
+#: A float, or a tensor of one element on the features' device.
+Number = float | Tensor
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
@@ -27,8 +32,8 @@ AUTO = {"cpu": "cpu"}
 
 def unavailable_reason(backend: str) -> str | None:
     """Why ``backend`` cannot run here, in one sentence; None if it can."""
-    if backend == "cpu" and _C is None:
-        return f"the extension is not built ({_BUILD_ERROR}); run: python setup.py build_ext"
+    if backend == "cpu" and extension is None:
+        return f"the extension is not built ({_build_error}); run: python setup.py build_ext"
     if backend in ("cuda", "triton"):
         return f"this version has no {backend} kernels yet"
     return None
@@ -62,9 +67,9 @@ def pairwise_bce(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    scale: tuple[float | Tensor, float | Tensor] = (1.0, 1.0),
-    bias: float | Tensor = 0.0,
-    weights: tuple[float | Tensor, float | Tensor, float | Tensor] = (1.0, 1.0, 0.0),
+    scale: tuple[Number, Number] = (1.0, 1.0),
+    bias: Number = 0.0,
+    weights: tuple[Number, Number, Number] = (1.0, 1.0, 0.0),
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     shift: int = 0,
@@ -108,7 +113,7 @@ def _at_least_float32(t: Tensor) -> Tensor:
     return t.float() if t.dtype.itemsize < 4 else t
 
 
-def _as_tensor(numbers: tuple[float | Tensor, ...], like: Tensor) -> Tensor:
+def _as_tensor(numbers: tuple[Number, ...], like: Tensor) -> Tensor:
     """The op's ``params``; stack() hands each learnable number its gradient in its own shape."""
     dtype = loss_dtype(like.dtype)
     return torch.stack(
@@ -144,14 +149,16 @@ class PairwiseBCE(torch.autograd.Function):
                 "pairwise_bce: a fused backend has no second derivative; pass backend='reference' for create_graph=True"
             )
         # Rounded to 16 bits only after grad_output: a loss scale must be able to save small gradients.
-        dx, dy, dparams = ((g * grad_loss) if n else None for g, n in zip(ctx.saved_tensors, ctx.needs_grad, strict=True))
+        dx, dy, dparams = (
+            (g * grad_loss) if n else None for g, n in zip(ctx.saved_tensors, ctx.needs_grad, strict=True)
+        )
         dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
         return dx, dy, dparams, *[None] * 8
 
 
-if _C is not None:
+if extension is not None:
 
-    @torch.library.register_fake("mio_ext::pairwise_bce")
+    @torch.library.register_fake("mio_ext::pairwise_bce")  # type: ignore[untyped-decorator]
     def _(
         x: Tensor,
         y: Tensor | None,

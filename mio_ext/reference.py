@@ -27,7 +27,19 @@ The form all losses share, for rows x [M, D] and columns y [K, D]:
 
 MIO is (12) with x = y = Ẑ, a_p = 1/τ_p, a_n = 1/τ_n, w_p = 1/N, w_n = 1/(N(N−2)) and
 w_l = λ/(B·D): summed over the N ordered positive pairs, the last term is exactly (5).
-SigLIP is (12) with x = images, y = texts, a_p = a_n = logit scale, w_p = w_n = 1/M, w_l = 0.
+
+With labels (supervised MIO) the positives of a row are all other rows of its label, P ordered pairs,
+and the negatives all rows of another label, Q ordered pairs; both terms stay means, and so does the
+regulariser, over the positive pairs' squared distances per element:
+
+    (13) L = 1/P Σ_pos softplus(−ℓ) + 1/Q Σ_neg softplus(ℓ) + λ/(P·D) Σ_pos ‖ẑ_i − ẑ_j‖²
+
+Without labels P = N and Q = N(N−2), and (13) is (6). A term over no pairs is 0.
+
+SigLIP, for image features x [M, D] and text features y [K, D], is (12) with a_p = a_n = logit scale,
+w_p = w_n = 1/M and w_l = 0. Image i's text is row offset + i of y or, with ids, every text of its id:
+
+    (14) L = −1/M Σ_i Σ_j log σ(±ℓ_ij),   + on positive pairs, − on all others
 
 Sources: MIO, arXiv 2111.12664 (version 1); SigLIP, arXiv 2303.15343.
 """
@@ -69,30 +81,73 @@ def normalized(z: Tensor) -> Tensor:
     return torch.where(degenerate, z.detach() / EPS, z / safe)
 
 
+def softplus(t: Tensor) -> Tensor:
+    """log(1 + exp(t)). ``torch.nn.functional.softplus`` is not: beyond 20 it returns t, 2e-9 off."""
+    return -F.logsigmoid(-t)
+
+
 def mio_loss(
     z1: Tensor,
     z2: Tensor,
     *,
     temperature: float | Tensor = 0.5,
     negative_temperature: float | Tensor | None = None,
-    regularizer: float = 1.0,
+    regularizer: float | Tensor = 1.0,
     bias: float | Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """Eq. (1)–(6), as written. Shapes and arguments as in :func:`mio_ext.mio_loss`."""
-    batch = z1.shape[0]
+    """Eq. (1)–(6), as written; (13) with labels. Arguments as in :func:`mio_ext.mio_loss`."""
+    batch, dim = z1.shape
     n = 2 * batch
     tau_p = temperature
     tau_n = temperature if negative_temperature is None else negative_temperature
     b = 0.0 if bias is None else bias
     z = normalized(torch.cat([z1, z2]))  # (1)
     s = z @ z.T  # (2)
+    if labels is not None:  # (13)
+        label = torch.cat([labels, labels])
+        other = ~torch.eye(n, dtype=torch.bool, device=z.device)
+        same = label[:, None] == label
+        positive, negative = same & other, ~same
+        loss_pos = softplus(-(s[positive] / tau_p + b)).mean()
+        loss_neg = softplus(s[negative] / tau_n + b).sum() / negative.sum().clamp(min=1)
+        squared_distance = (z[:, None] - z).square().sum(-1)[positive]
+        return loss_pos + loss_neg + regularizer * squared_distance.mean() / dim
     index = torch.arange(n, device=z.device)
     partner = (index + batch) % n
     negative = (index[:, None] != index) & (partner[:, None] != index)
-    loss_pos = F.softplus(-(s[index, partner] / tau_p + b)).sum() / n  # (3)
-    loss_neg = F.softplus(s / tau_n + b)[negative].sum() / (n * (n - 2))  # (4)
+    loss_pos = softplus(-(s[index, partner] / tau_p + b)).sum() / n  # (3)
+    loss_neg = softplus(s / tau_n + b)[negative].sum() / (n * (n - 2))  # (4)
     loss_reg = regularizer * (z[:batch] - z[batch:]).square().mean()  # (5)
     return loss_pos + loss_neg + loss_reg  # (6)
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    text_offset: int = 0,
+    negative_only: bool = False,
+    normalize: bool = False,
+) -> Tensor:
+    """Eq. (14), as written. Arguments as in :func:`mio_ext.siglip_loss`."""
+    if normalize:
+        image_features, text_features = normalized(image_features), normalized(text_features)
+    m, k = len(image_features), len(text_features)
+    logits = logit_scale * image_features @ text_features.T
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    if negative_only:
+        positive = torch.zeros(m, k, dtype=torch.bool, device=logits.device)
+    elif image_ids is not None and text_ids is not None:
+        positive = image_ids[:, None] == text_ids
+    else:
+        positive = torch.arange(m, device=logits.device)[:, None] + text_offset == torch.arange(k, device=logits.device)
+    return -F.logsigmoid(torch.where(positive, logits, -logits)).sum() / m
 
 
 def pairwise_bce(
@@ -141,7 +196,7 @@ def pairwise_bce(
 
     s = x @ y.T
     logit_p, logit_n = (scale[0] * s + bias)[positive], (scale[1] * s + bias)[negative]  # (11)
-    loss_p, loss_n = F.softplus(-logit_p), F.softplus(logit_n)
+    loss_p, loss_n = softplus(-logit_p), softplus(logit_n)
     distance = (x.square().sum(1)[:, None] + y.square().sum(1))[positive] / 2 - s[positive]
     w_p, w_n, w_l = weights
     loss = w_p * loss_p.sum() + w_n * loss_n.sum() + w_l * distance.sum()  # (12)

@@ -2,11 +2,13 @@
 // Compiles the CPU kernel once per instruction set and picks one when the program runs.
 #include "pairwise_bce_cpu.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -32,6 +34,23 @@ class Buffer {
     void operator()(T* p) const { ::operator delete(p, kLine); }
   };
   std::unique_ptr<T, Free> memory_;
+};
+
+// Ids of any size become small numbers, equal where the ids are: a vector lane holds one.
+class Ranks {
+ public:
+  Ranks(const int64_t* x_ids, int64_t m, const int64_t* y_ids, int64_t k) {
+    if (x_ids) sorted_.assign(x_ids, x_ids + m);
+    if (y_ids) sorted_.insert(sorted_.end(), y_ids, y_ids + k);
+    std::sort(sorted_.begin(), sorted_.end());
+    sorted_.erase(std::unique(sorted_.begin(), sorted_.end()), sorted_.end());
+  }
+  int64_t operator()(int64_t id) const {
+    return std::lower_bound(sorted_.begin(), sorted_.end(), id) - sorted_.begin();
+  }
+
+ private:
+  std::vector<int64_t> sorted_;
 };
 
 }  // namespace

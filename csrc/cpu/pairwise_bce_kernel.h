@@ -24,8 +24,10 @@ struct Simd<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr int32_t kExponentBias = 127;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kMinExponent = -100.0f;
-  static constexpr int kExpTerms = 7;  // Taylor terms of 2^f on [-1/2, 1/2]: relative error 5e-9
+  static constexpr float kMinExponent = -69.0f;
+  static constexpr int kExpTerms = 7;  // of the Taylor series on [-ln(2)/2, ln(2)/2]: relative error 5e-9
+  // ln(2) in two parts; the first has so few bits that its product with the exponent is exact.
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440054690583e-4f;
 };
 template <>
 struct Simd<double> {
@@ -35,15 +37,16 @@ struct Simd<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr int64_t kExponentBias = 1023;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kMinExponent = -1000.0;
+  static constexpr double kMinExponent = -690.0;
   static constexpr int kExpTerms = 13;
+  static constexpr double kLn2High = 0.69314718036912381649, kLn2Low = 1.9082149292705877000e-10;
 };
 
 template <typename T>
 constexpr int kWidth = MIO_VECTOR_BYTES / sizeof(T);
 // Columns of one register block; packed panels have this width.
 template <typename T>
-constexpr int kPanel = kWidth<T>* MIO_NV;
+constexpr int kPanel = kWidth<T> * MIO_NV;
 
 template <typename T>
 inline typename Simd<T>::Vec load(const T* p) {
@@ -60,7 +63,8 @@ inline void store(T* p, typename Simd<T>::Vec v) {
 
 // ---------------------------------------------------------------- matrix products
 
-// c [MIO_MR, NV vectors] (+)= a b over k, all accumulators in registers.
+// c [MIO_MR, NV vectors] (+)= a b over k, all accumulators in registers. They start at zero and meet c
+// at the end: a sum of sums over tiles, which rounds less than one long sum.
 // a(m, k) = a[m * lda + k], or a[k * lda + m] where kTransA.
 template <typename T, int NV, bool kTransA, bool kAccumulate>
 inline void register_block(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
@@ -70,7 +74,7 @@ inline void register_block(int64_t k, const T* a, int64_t lda, const T* b, int64
 #pragma GCC unroll 32
   for (int m = 0; m < MIO_MR; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[m][v] = kAccumulate ? load(c + m * ldc + v * W) : Vec{};
+    for (int v = 0; v < NV; ++v) acc[m][v] = Vec{};
   for (int64_t i = 0; i < k; ++i) {
     Vec bv[NV];
 #pragma GCC unroll 8
@@ -85,7 +89,10 @@ inline void register_block(int64_t k, const T* a, int64_t lda, const T* b, int64
 #pragma GCC unroll 32
   for (int m = 0; m < MIO_MR; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(c + m * ldc + v * W, acc[m][v]);
+    for (int v = 0; v < NV; ++v) {
+      T* at = c + m * ldc + v * W;
+      store(at, kAccumulate ? load(at) + acc[m][v] : acc[m][v]);
+    }
 }
 
 // c [m, n] (+)= a b. m is rounded up to MIO_MR (the buffers have room), n is a multiple of the vector
@@ -105,101 +112,104 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, 
 
 // ---------------------------------------------------------------- the scalar term, vectorised
 
-// Taylor coefficients of 2^f: ln(2)^i / i!
+// 1 / i!
 template <int N>
 struct ExpSeries {
   double c[N + 1];
   constexpr ExpSeries() : c{1} {
-    for (int i = 1; i <= N; ++i) c[i] = c[i - 1] * kLn2 / i;
+    for (int i = 1; i <= N; ++i) c[i] = c[i - 1] / i;
   }
 };
 
-// 2^u for u <= 0. NaN stays NaN. The clamp keeps every later product clear of denormals.
+// exp(u) for u <= 0. NaN stays NaN. The clamp keeps every later product clear of denormals.
 template <typename T>
-inline typename Simd<T>::Vec exp2_nonpositive(typename Simd<T>::Vec u) {
+inline typename Simd<T>::Vec exp_nonpositive(typename Simd<T>::Vec u) {
   using S = Simd<T>;
   using Vec = typename S::Vec;
   using Int = typename S::Int;
   u = u < S::kMinExponent ? Vec{} + S::kMinExponent : u;
-  const Vec rounded = u + S::kRound;
-  const Vec f = u - (rounded - S::kRound);
+  const Vec rounded = u * T(1 / kLn2) + S::kRound;
+  const Vec n = rounded - S::kRound;
+  const Vec f = (u - n * S::kLn2High) - n * S::kLn2Low;
   constexpr ExpSeries<S::kExpTerms> series;
   Vec poly = Vec{} + T(series.c[S::kExpTerms]);
 #pragma GCC unroll 16
   for (int i = S::kExpTerms - 1; i >= 0; --i) poly = poly * f + T(series.c[i]);
-  // The low bits of `rounded` are the integer; as an exponent field they make the power of two.
+  // The low bits of `rounded` are n; as an exponent field they make 2^n.
   const Int power = (reinterpret_cast<Int>(rounded) + S::kExponentBias) << S::kMantissaBits;
   return poly * reinterpret_cast<Vec>(power);
 }
 
-// softplus and sigmoid of t = t2 ln 2 from one exponential: with e = 2^-|t2|,
+// softplus and sigmoid of t from one exponential: with e = exp(-|t|),
 // softplus(t) = max(t, 0) + log1p(e), sigmoid(t) = 1/(1+e) or e/(1+e).
-// log1p is taken once per many terms: 1 + p is the product of the factors 1 + e, and p, kept
-// without its 1, loses nothing where every e is tiny.
+template <typename T>
+struct Term {
+  using Vec = typename Simd<T>::Vec;
+  Vec e, relu, sigmoid;
+
+  explicit Term(Vec t) {
+    const Vec zero{};
+    relu = t < zero ? zero : t;  // NaN stays NaN
+    e = exp_nonpositive<T>(t < zero ? t : -t);
+    const Vec r = T(1) / (T(1) + e);
+    sigmoid = t < zero ? e * r : r;
+  }
+  // Zero outside the mask.
+  Term(const Term& o, typename Simd<T>::Int mask) {
+    const Vec zero{};
+    e = mask ? o.e : zero;
+    relu = mask ? o.relu : zero;
+    sigmoid = mask ? o.sigmoid : zero;
+  }
+};
+
+// Sums of terms. log1p is taken once per many of them: 1 + p is the product of the factors 1 + e, and p,
+// kept without its 1, loses nothing where every e is tiny.
 template <typename T>
 struct TermSums {
   using Vec = typename Simd<T>::Vec;
-  Vec p{}, relu2{}, product{}, sigmoid{}, sigmoid_prod{};
+  Vec p{}, relu{}, product{}, sigmoid{}, sigmoid_prod{};
 
-  void add(Vec e, Vec relu, Vec s, Vec sig) {
-    p = p * e + (p + e);
-    relu2 += relu;
+  void add(const Term<T>& term, Vec s) {
+    p = p * term.e + (p + term.e);
+    relu += term.relu;
     product += s;
-    sigmoid += sig;
-    sigmoid_prod += sig * s;
+    sigmoid += term.sigmoid;
+    sigmoid_prod += term.sigmoid * s;
   }
 
   // Adds up the lanes in double. Up to 64 factors a lane and 8 lanes a logarithm: at most 2^512.
   void flush(ClassSums& sums) {
-    double relu = 0, prod = 0, sig = 0, sig_prod = 0;
     for (int lane = 0; lane < kWidth<T>; ++lane) {
-      relu += double(relu2[lane]);
-      prod += double(product[lane]);
-      sig += double(sigmoid[lane]);
-      sig_prod += double(sigmoid_prod[lane]);
+      sums.softplus += double(relu[lane]);
+      sums.product += double(product[lane]);
+      sums.sigmoid += double(sigmoid[lane]);
+      sums.sigmoid_prod += double(sigmoid_prod[lane]);
     }
     for (int lane = 0; lane < kWidth<T>; lane += 8) {
       double q = 0;
       for (int l = lane; l < lane + 8 && l < kWidth<T>; ++l) q = q * double(p[l]) + (q + double(p[l]));
       sums.softplus += __builtin_log1p(q);
     }
-    sums.softplus += relu * kLn2;
-    sums.product += prod;
-    sums.sigmoid += sig;
-    sums.sigmoid_prod += sig_prod;
     *this = TermSums{};
   }
 };
 constexpr int kFactorsPerLog = 64;
 
-template <typename T>
-struct Term {
-  typename Simd<T>::Vec e, relu2, sigmoid;
-
-  explicit Term(typename Simd<T>::Vec t2) {
-    using Vec = typename Simd<T>::Vec;
-    const Vec zero{};
-    relu2 = t2 < zero ? zero : t2;  // NaN stays NaN
-    e = exp2_nonpositive<T>(t2 < zero ? t2 : -t2);
-    const Vec r = T(1) / (T(1) + e);
-    sigmoid = t2 < zero ? e * r : r;
-  }
-};
-
-// The numbers a tile needs, in the arithmetic type. Logits are base 2: log2(e) is in the scales.
+// The numbers a tile needs, in the arithmetic type.
 // Gradient coefficients are divided by `unit`, the largest of them, which comes back in finish():
 // so a tiny weight 1/N^2 flushes nothing.
 template <typename T>
 struct TileParams {
-  T scale2_p, scale2_n, bias2;
+  T scale_p, scale_n, bias;
   T grad_p, grad_n, grad_l;
   T unit;
 
   explicit TileParams(const LossParams& p) {
     auto abs = [](double v) { return v < 0 ? -v : v; };
-    scale2_p = T(p.scale_p / kLn2);
-    scale2_n = T(p.scale_n / kLn2);
-    bias2 = T(p.bias / kLn2);
+    scale_p = T(p.scale_p);
+    scale_n = T(p.scale_n);
+    bias = T(p.bias);
     const double gp = p.weight_p * p.scale_p, gn = p.weight_n * p.scale_n;
     double u = abs(gp);
     if (abs(gn) > u) u = abs(gn);
@@ -223,8 +233,8 @@ void negative_tile(const TileParams<T>& p, int64_t rows, int64_t cols, T* s, int
     for (int64_t j = 0; j < cols; j += W) {
       T* at = s + i * lds + j;
       const Vec v = load(at);
-      const Term<T> term(v * p.scale2_n + p.bias2);
-      acc.add(term.e, term.relu2, v, term.sigmoid);
+      const Term<T> term(v * p.scale_n + p.bias);
+      acc.add(term, v);
       if (kGrad) store(at, term.sigmoid * p.grad_n);
       if (++factors == kFactorsPerLog) {
         acc.flush(sums);
@@ -301,9 +311,9 @@ void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t 
       const Int same = labels.x_ids ? Int(load_ids<T>(labels.y_ids + j) == labels.x_ids[i]) : Int(column == positive);
       const Int is_pos = keep & same, is_neg = keep & ~same;
       const Vec v = load(at);
-      const Term<T> term(is_pos ? -(v * p.scale2_p + p.bias2) : v * p.scale2_n + p.bias2);
-      acc.positive.add(is_pos ? term.e : zero, is_pos ? term.relu2 : zero, is_pos ? v : zero, is_pos ? term.sigmoid : zero);
-      acc.negative.add(is_neg ? term.e : zero, is_neg ? term.relu2 : zero, is_neg ? v : zero, is_neg ? term.sigmoid : zero);
+      const Term<T> term(is_pos ? -(v * p.scale_p + p.bias) : v * p.scale_n + p.bias);
+      acc.positive.add(Term<T>(term, is_pos), is_pos ? v : zero);
+      acc.negative.add(Term<T>(term, is_neg), is_neg ? v : zero);
       acc.n_positive += is_pos;
       acc.n_negative += is_neg;
       const Vec half_norms = (labels.x_norm2[i] + load(labels.y_norm2 + j)) * T(0.5);
@@ -326,12 +336,12 @@ void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t 
 // A set of rows in the two layouts the products want, normalised, plus what eq. (10) needs later.
 template <typename T>
 struct Packed {
-  int64_t n, d, ld;      // ld: row stride, an odd number of vectors, so that rows do not share cache sets
-  Buffer<T> rows;        // [n up to block, ld], zero padded
-  Buffer<T> panels;      // [n / kPanel up][d][kPanel]: the transpose, in panels; columns only
-  Buffer<T> inverse;     // [n] 1/max(|z|, eps), 0 where the gradient is 0; 1 without normalisation
-  Buffer<T> norm2;       // [n up to block] |row|^2 after normalisation
-  Buffer<T> gradient;    // [n up to block, ld] dL/drow / unit
+  int64_t n, d, ld;                    // ld: row stride, an odd number of vectors, so that rows do not share cache sets
+  Buffer<T> rows;                      // [n up to block, ld], zero padded
+  Buffer<T> panels;                    // [n / kPanel up][d][kPanel]: the transpose, in panels; columns only
+  Buffer<T> inverse;                   // [n] 1/max(|z|, eps), 0 where the gradient is 0; 1 without normalisation
+  Buffer<T> norm2;                     // [n up to block] |row|^2 after normalisation
+  Buffer<T> gradient;                  // [n up to block, ld] dL/drow / unit
   Buffer<typename Simd<T>::Lane> ids;  // [n up to block]
 
   void allocate(int64_t count, int64_t dim, int64_t block, bool columns, bool grad, bool with_ids) {
@@ -482,8 +492,13 @@ class Pass {
 
   // Row blocks own the sums of their tiles: added in the order of the schedule, not of the threads.
   PairSums run(int threads, const Parallel& parallel) {
-    each_panel(threads, parallel, x_, in_.x, in_.x_ids);
-    if (!symmetric_) each_panel(threads, parallel, y_, in_.y, in_.y_ids);
+    each_panel(threads, parallel, x_, in_.x);
+    if (!symmetric_) each_panel(threads, parallel, y_, in_.y);
+    if (in_.x_ids) {
+      const Ranks ranks(in_.x_ids, in_.m, in_.y_ids, symmetric_ ? 0 : in_.k);
+      for (int64_t i = 0; i < in_.m; ++i) x_.ids.data()[i] = ranks(in_.x_ids[i]);
+      for (int64_t j = 0; !symmetric_ && j < in_.k; ++j) y_.ids.data()[j] = ranks(in_.y_ids[j]);
+    }
 
     const int64_t row_blocks = (in_.m + row_block_ - 1) / row_block_;
     const int64_t col_blocks = (columns().n + col_block_ - 1) / col_block_;
@@ -512,17 +527,17 @@ class Pass {
   // From the size alone, not from the number of threads. Multiples of every panel width.
   static int64_t block_size(int64_t n) { return n <= 512 ? 32 : n <= 2048 ? 64 : 128; }
 
+  static constexpr int64_t kFeatures = 128;
+
   int64_t tile_ld() const { return col_block_ + kWidth<T>; }  // an odd number of vectors
   Packed<T>& columns() { return symmetric_ ? x_ : y_; }
 
-  void each_panel(int threads, const Parallel& parallel, Packed<T>& packed, const T* z, const int64_t* ids) {
+  void each_panel(int threads, const Parallel& parallel, Packed<T>& packed, const T* z) {
     const int64_t padded = (packed.n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
     std::atomic<int64_t> next{0};
     parallel(threads, [&](int) {
       for (int64_t i; (i = next.fetch_add(kPanel<T>)) < padded;) packed.pack(z, i, in_.normalize);
     });
-    if (ids)
-      for (int64_t i = 0; i < padded; ++i) packed.ids.data()[i] = i < packed.n ? ids[i] : 0;
   }
 
   // Where y = x every row is in both roles, and G is symmetric: twice the row gradient, eq. (9).
@@ -544,9 +559,12 @@ class Pass {
     const int64_t m = in_.m - row0 < row_block_ ? in_.m - row0 : row_block_;
     const int64_t n = cols.n - col0 < col_block_ ? cols.n - col0 : col_block_;
     const int64_t n_padded = (n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
-    // s = x yT
-    gemm<T, false, false>(m, n_padded, d, x_.rows.data() + row0 * x_.ld, x_.ld, cols.panels.data() + col0 * d,
-                          kPanel<T> * d, kPanel<T>, s, lds);
+    // s = x yT, summed over the features in parts, for the same reason as in register_block()
+    for (int64_t c = 0; c < d; c += kFeatures) {
+      auto product = c == 0 ? gemm<T, false, false> : gemm<T, false, true>;
+      product(m, n_padded, d - c < kFeatures ? d - c : kFeatures, x_.rows.data() + row0 * x_.ld + c, x_.ld,
+              cols.panels.data() + col0 * d + c * kPanel<T>, kPanel<T> * d, kPanel<T>, s, lds);
+    }
     // s becomes the loss's derivative
     const bool diagonal = symmetric_ && row0 == col0;
     PairSums tile_sums;

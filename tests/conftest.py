@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tolerance table and what all tests share. A new backend adds itself to FUSED_BACKENDS."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Backends held to the float64 reference, with the device they run on.
+FUSED_BACKENDS = [("cpu", "cpu")]
+
+#: dtype of the features -> (relative error of the loss, relative L2 error of the gradients), both against
+#: the float64 reference on the same features. For 16 bits the second is the rounding of the gradient itself.
+TOLERANCE = {
+    torch.float64: (1e-13, 1e-12),
+    torch.float32: (1e-6, 1e-5),
+    torch.bfloat16: (1e-6, 4e-3),
+    torch.float16: (1e-6, 2e-3),
+}
+
+
+@pytest.fixture(params=FUSED_BACKENDS, ids=lambda p: p[0])
+def backend(request):
+    """(backend, device) of every fused backend that can run here."""
+    return request.param
+
+
+@pytest.fixture(params=list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 distance, in float64; gradients are judged as vectors."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def assert_no_worse_than(actual, plain, exact, limit: float) -> None:
+    """``actual`` is within ``limit`` of ``exact`` and no more than twice as far from it as ``plain`` is.
+
+    On a handful of numbers plain PyTorch may land on the exact value by luck: four roundings are granted.
+    """
+    error = relative_error(actual, exact)
+    assert error <= limit, f"{error:.2e} > {limit:.0e}"
+    allowed = max(2 * relative_error(plain, exact), 4 * torch.finfo(torch.float32).eps)
+    assert error <= allowed, f"{error:.2e}, plain PyTorch {allowed / 2:.2e}"
+
+
+def views(batch: int, dim: int, dtype=torch.float32, device="cpu", noise=0.5, seed=0):
+    """Two correlated views that require grad, the same values for every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
+    other = base + noise * torch.randn(batch, dim, generator=generator, dtype=torch.float64)
+    return tuple(z.to(device, dtype).requires_grad_() for z in (base, other))
+
+
+def run_python(*args: str, env: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
+    """A fresh interpreter in the repository root."""
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
