@@ -121,8 +121,8 @@ def test_drop_in_for_open_clip(shape, with_bias, chunk_size, backend):
         x, y = towers(48, 48, 32, device=device)
         scale, bias = numbers(12.0, -8.0, shape, device=device)
         inputs = [x, y, scale] + [bias] * with_bias
-        kwargs = {"image_features": x, "text_features": y, "logit_scale": scale, "output_dict": True}
-        value = loss(**kwargs, logit_bias=bias) if with_bias else loss(**kwargs)
+        logit_bias = bias if with_bias else None
+        value = loss(image_features=x, text_features=y, logit_scale=scale, logit_bias=logit_bias, output_dict=True)
         assert list(value) == ["contrastive_loss"]
         value = value["contrastive_loss"]
         assert value.shape == ()

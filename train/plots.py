@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -13,25 +13,10 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor
 
+from train.probes import PairCosines
+
 POSITIVE, NEGATIVE = "#0072b2", "#d55e00"  # distinct in print and for colour-blind readers
 INK = "#333333"
-
-
-class PairCosines(NamedTuple):
-    """Cosines of all positive pairs and all negative pairs of a set of views, 1-dim."""
-
-    positive: Tensor
-    negative: Tensor
-
-
-def pair_cosines(z1: Tensor, z2: Tensor) -> PairCosines:
-    """Positive pairs are (z1_i, z2_i), negative pairs all others; each unordered pair once."""
-    z = torch.nn.functional.normalize(torch.cat([z1, z2]).float(), dim=1)
-    cosine = z @ z.T
-    row, column = torch.triu_indices(len(z), len(z), offset=1)
-    positive = column - row == len(z1)
-    values = cosine[row, column]
-    return PairCosines(values[positive], values[~positive])
 
 
 def new_axes(figure: Figure, *position: int) -> Axes:
@@ -80,7 +65,9 @@ def plot_cosines(before: PairCosines, after: PairCosines, path: Path) -> None:
             (cosines.negative, "negative pairs", NEGATIVE),
             (cosines.positive, "positive pairs", POSITIVE),
         ):
-            axes.hist(values.numpy(), bins=80, range=(-1, 1), density=True, color=colour, alpha=0.6, label=label)
+            axes.hist(
+                values.numpy(), bins=80, range=(-1, 1), density=True, color=colour, alpha=0.6, label=label
+            )
         axes.set(title=title, xlabel="cosine of two views (test split)", xlim=(-1, 1))
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)

@@ -7,7 +7,7 @@ hold-out of the train split for all labels; the test split is scored once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +33,32 @@ class Features(NamedTuple):
     test_labels: Tensor  #: [m]
 
 
+class PairCosines(NamedTuple):
+    """Cosines of all positive pairs and all negative pairs of a set of views, 1-dim."""
+
+    positive: Tensor
+    negative: Tensor
+
+
+def pair_cosines(z1: Tensor, z2: Tensor) -> PairCosines:
+    """Positive pairs are (z1_i, z2_i), negative pairs all others; each unordered pair once."""
+    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+    cosine = z @ z.T
+    row, column = torch.triu_indices(len(z), len(z), offset=1)
+    positive = column - row == len(z1)
+    values = cosine[row, column]
+    return PairCosines(values[positive], values[~positive])
+
+
 @torch.inference_mode()
-def extract_features(network: nn.Module, images: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
-    """Features [n, F] of un-augmented images, float32, batch norm in eval mode (restored afterwards)."""
+def extract_features(network: nn.Module, images: Tensor) -> Tensor:
+    """Output [n, F] for preprocessed images, float32 on the CPU, batch norm in eval mode.
+
+    The network's mode is restored: nobody else has to know that it was looked at.
+    """
     was_training = network.training
     network.eval()
-    features = [network(plain(chunk)).float().cpu() for chunk in images.split(512)]
+    features = [network(chunk).float().cpu() for chunk in images.split(512)]
     network.train(was_training)
     return torch.cat(features)
 
@@ -119,7 +139,9 @@ def format_table(rows: dict[str, dict[str, float]], title: str) -> str:
         body.append([name, *few, f"{row['linear_all']:.1f}", f"{row['knn']:.1f}"])
     widths = [max(len(line[i]) for line in body) for i in range(len(header))]
     lines = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(
+            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        )
         for line in body
     ]
     note = f"n/class: mean ± std over {DRAWS} random draws of labels, the same draws for every encoder"

@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from train.model import PretrainModel
 
 
 class UserError(Exception):
@@ -49,7 +52,7 @@ class JsonLinesLog:
         self.file.flush()
 
 
-def write_atomically(path: Path, write: Any) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary path)``, then put the file in place: readers see the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -60,6 +63,19 @@ def write_atomically(path: Path, write: Any) -> None:
         raise
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: Path,
+    model: PretrainModel,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    config: dict[str, Any],
+) -> None:
     """Tensors and plain types only, so that ``torch.load(path, weights_only=True)`` reads it."""
+    content = {
+        "backbone": model.backbone.state_dict(),
+        "projector": model.projector.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "config": config,
+    }
     write_atomically(path, lambda temporary: torch.save(content, temporary))
