@@ -54,6 +54,7 @@ package: build
 	$(BIN)/python setup.py --quiet sdist --dist-dir build/package > build/package.log 2>&1 || { cat build/package.log; exit 1; }
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target build/package/installed build/package/*.tar.gz
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -m mio_ext
+	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -c 'import mio_ext; assert "cpu" in mio_ext.available_backends()'
 
 bench: build
 	$(BIN)/python benchmarks/loss.py

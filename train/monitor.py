@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class Progress:
     @property
     def rate(self) -> float:
         """Images per second since the start; an image counts once, though it is seen as two views."""
-        return self.done / max(time.perf_counter() - self.start, 1e-9)
+        return self.done / (time.perf_counter() - self.start)
 
     def report(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         if self.bar is not None:
@@ -96,7 +96,10 @@ class Progress:
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -118,7 +121,5 @@ class StopRequest:
         self.requested = True
         signal.signal(signal.SIGINT, self.previous)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         signal.signal(signal.SIGINT, self.previous)

@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from train.probes import PairCosines
@@ -65,9 +66,7 @@ def plot_cosines(before: PairCosines, after: PairCosines, path: Path) -> None:
             (cosines.negative, "negative pairs", NEGATIVE),
             (cosines.positive, "positive pairs", POSITIVE),
         ):
-            axes.hist(
-                values.numpy(), bins=80, range=(-1, 1), density=True, color=colour, alpha=0.6, label=label
-            )
+            axes.hist(values.numpy(), bins=80, range=(-1, 1), density=True, color=colour, alpha=0.6, label=label)
         axes.set(title=title, xlabel="cosine of two views (test split)", xlim=(-1, 1))
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -81,13 +80,14 @@ def plot_cosines(before: PairCosines, after: PairCosines, path: Path) -> None:
 def plot_embedding(features: Tensor, labels: Tensor, path: Path) -> None:
     """t-SNE of the test split's features, coloured by class."""
     centred = torch.nn.functional.normalize(features - features.mean(0), dim=1)
-    xy = TSNE(n_components=2, init="pca", perplexity=30, random_state=0).fit_transform(centred.numpy())
+    with threadpool_limits(1):  # as for the probes: too small to share
+        xy = TSNE(n_components=2, init="pca", perplexity=30, random_state=0).fit_transform(centred.numpy())
     figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for index, label in enumerate(labels.unique().tolist()):
         points = xy[(labels == label).numpy()]
         axes.scatter(points[:, 0], points[:, 1], s=16, color=f"C{index}", lw=0, label=str(label))
-    axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2", title="test split, features")
+    axes.set(xticks=[], yticks=[], title="t-SNE of the encoder's features, test split")
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.1)
+    axes.legend(title="class", frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.1)
     save(figure, path)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # so that the script runs without an installed mio_ext
@@ -43,17 +43,28 @@ from train.data import ImageData, load_digits
 from train.model import PretrainModel, build_model, parameter_groups
 from train.monitor import METRICS, Progress, StepMetrics, StopRequest, collapse_warning
 from train.probes import Features, PairCosines, evaluate, extract_features, format_table, pair_cosines
-from train.run_folder import JsonLinesLog, UserError, create_run_folder, save_checkpoint, write_atomically
+from train.run_folder import (
+    CHECKPOINT,
+    COSINE_PLOT,
+    EMBEDDING_PLOT,
+    LOG,
+    LOSS_PLOT,
+    RESULTS,
+    JsonLinesLog,
+    UserError,
+    create_run_folder,
+    save_checkpoint,
+    write_atomically,
+)
 
-CHECKPOINT = "checkpoint.pt"
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong argument in one line instead of the whole usage."""
 
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,14 +80,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--seed", type=int, default=0, help="same seed, same machine: same result on CPU")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between log lines")
-    run.add_argument(
-        "--save-every", type=int, default=10, metavar="EPOCHS", help="epochs between checkpoints"
-    )
+    run.add_argument("--save-every", type=int, default=10, metavar="EPOCHS", help="epochs between checkpoints")
     schedule = parser.add_argument_group("optimisation")
     schedule.add_argument("--epochs", type=int, default=40)
     schedule.add_argument("--batch-size", type=int, default=256, help="images per step; each gives two views")
     schedule.add_argument("--limit-steps", type=int, help="stop after this many steps (for smoke tests)")
-    schedule.add_argument("--learning-rate", type=float, default=0.2, help="peak, after the warm-up")
+    schedule.add_argument("--learning-rate", type=float, default=0.5, help="peak, after the warm-up")
     schedule.add_argument("--warmup-epochs", type=float, default=2.0, help="linear warm-up, then cosine to 0")
     schedule.add_argument("--momentum", type=float, default=0.9)
     schedule.add_argument("--weight-decay", type=float, default=5e-4, help="not on biases and batch norm")
@@ -102,7 +111,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_arguments(args: argparse.Namespace) -> None:
     """Ranges that argparse does not know; NaN fails every comparison, so it is refused too."""
     least = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "log_every": 1, "save_every": 1, "seed": 0}
-    least |= {"image_size": 4, "hidden": 1, "embedding": 1, "warmup_epochs": 0, "weight_decay": 0}
+    # Below 8 pixels the ResNet puts a 3x3 filter of stride 2 on a 1x1 map, whose weight gradient in
+    # bfloat16 on the CPU holds uninitialised memory (seen in torch 2.14.1).
+    least |= {"image_size": 8, "hidden": 1, "embedding": 1, "warmup_epochs": 0, "weight_decay": 0}
     least |= {"momentum": 0, "regularizer": 0}
     for name, low in least.items():
         value = getattr(args, name)
@@ -125,7 +136,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise UserError(f"--device {name}: torch sees {count} CUDA devices; pass --device cpu")
+        raise UserError(f"--device {name}: torch sees {count} CUDA device(s); pass --device cpu")
     return device
 
 
@@ -140,16 +151,13 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
 
 
 def check_loss_backend(backend: str, device: torch.device) -> None:
-    """Find out now, on four numbers, rather than after the data and the model are set up."""
+    """Find out on four numbers, before anything is set up or written."""
     z = torch.eye(2, device=device)
     try:
         mio_ext.mio_loss(z, z, backend=backend)
     except (RuntimeError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"--loss-backend {backend} cannot run: {reason} "
-            "(`make build` builds the extension; --loss-backend reference needs none)"
-        ) from error
+        raise UserError(f"--loss-backend {backend}: {reason} (--loss-backend reference runs everywhere)") from error
 
 
 def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
@@ -182,9 +190,9 @@ def train(
     last = min(total, args.limit_steps or total)
     optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=0.0, momentum=args.momentum)
     bfloat16 = use_bfloat16(args.precision, images.device)
-    metrics, history, progress = StepMetrics(), [], Progress(last * args.batch_size)
+    metrics, history = StepMetrics(), []
     model.train()
-    with StopRequest() as stop:
+    with StopRequest() as stop, Progress(last * args.batch_size) as progress:
         batches = random_batches(len(images), args.batch_size, args.epochs, generator)
         for step, batch in enumerate(islice(batches, last), start=1):
             lr = learning_rate(step - 1, total, warmup, args.learning_rate)
@@ -213,9 +221,7 @@ def train(
             if step % (args.save_every * steps_per_epoch) == 0 or step == last or stop.requested:
                 save_checkpoint(folder / CHECKPOINT, model, optimizer, step, vars(args))
             if stop.requested:
-                progress.close()
                 raise KeyboardInterrupt(f"checkpoint of step {step} saved in {folder}")
-    progress.close()
     return history
 
 
@@ -227,7 +233,6 @@ def report(
     finite = rows[:, METRICS.index("loss")].isfinite()
     if not finite.all():
         first = step - len(rows) + 1 + int(finite.logical_not().nonzero()[0])
-        progress.close()
         raise UserError(f"the loss is not finite at step {first}: try a lower --learning-rate")
     means = dict(zip(METRICS, rows.mean(0).tolist(), strict=True))
     entry = {"epoch": epoch, "step": step, "lr": lr, **means, "images_per_second": progress.rate}
@@ -250,9 +255,7 @@ def take_snapshot(model: PretrainModel, data: ImageData, preprocess: Preprocess)
     device = data.test.images.device
     generator = torch.Generator(device).manual_seed(0)  # the same views before and after
     views = [preprocess.views(data.test.images, generator) for _ in range(2)]
-    train, test = (
-        extract_features(model.backbone, preprocess.plain(s.images)) for s in (data.train, data.test)
-    )
+    train, test = (extract_features(model.backbone, preprocess.plain(s.images)) for s in (data.train, data.test))
     return Snapshot(
         Features(train, data.train.labels.cpu(), test, data.test.labels.cpu()),
         pair_cosines(*(extract_features(model, view) for view in views)),
@@ -264,19 +267,14 @@ def raw_pixels(data: ImageData) -> Features:
     return Features(*train, *test)
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    packages = {m.__name__: m.__version__ for m in (mio_ext, torch, torchvision, sklearn)}
-    threads = str(torch.get_num_threads())
+def versions(device: torch.device) -> dict[str, Any]:
+    """What a number in this log depends on beside the configuration."""
+    cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
-        **packages,
-        "device": f"{device} ({name})",
-        "threads": threads,
+        **{module.__name__: module.__version__ for module in (mio_ext, torch, torchvision, sklearn)},
+        "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -284,11 +282,11 @@ def save_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot,
     try:
         from train import plots
     except ImportError as error:
-        print(f"no plots: {error.name} is missing (pip install matplotlib)", file=sys.stderr)
+        print(f"no plots: {error} (pip install matplotlib)", file=sys.stderr)
         return
-    plots.plot_loss(history, folder / "loss.png")
-    plots.plot_cosines(before.cosines, after.cosines, folder / "cosines.png")
-    plots.plot_embedding(after.features.test, after.features.test_labels, folder / "embedding.png")
+    plots.plot_loss(history, folder / LOSS_PLOT)
+    plots.plot_cosines(before.cosines, after.cosines, folder / COSINE_PLOT)
+    plots.plot_embedding(after.features.test, after.features.test_labels, folder / EMBEDDING_PLOT)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -305,10 +303,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     preprocess = Preprocess(*data.mean_std(), args.image_size, ViewRanges())
 
     folder = create_run_folder(args.output, data.name, args.overwrite)
-    log = JsonLinesLog(folder / "log.jsonl")
-    log.write(
-        "start", command=shlex.join(["python", *sys.argv]), config=vars(args), versions=versions(device)
-    )
+    log = JsonLinesLog(folder / LOG)
+    log.write("start", command=shlex.join(["python", *sys.argv]), config=vars(args), versions=versions(device))
     print(f"{data.name}: {len(data.train)} training images on {device}, run folder {folder}", flush=True)
 
     before = take_snapshot(model, data, preprocess)
@@ -324,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     log.write("results", rows=rows, **times)
     results = json.dumps({"rows": rows, **times, "config": vars(args)}, indent=2)
-    write_atomically(folder / "results.json", lambda path: path.write_text(results + "\n"))
+    write_atomically(folder / RESULTS, lambda path: path.write_text(results + "\n"))
     epoch = history[-1]["epoch"]
     print(format_table(rows, f"accuracy in % on {len(data.test)} held-out test images, after epoch {epoch}"))
     save_plots(history, before, after, folder)

@@ -14,6 +14,10 @@ import torch
 
 from train.model import PretrainModel
 
+LOG, CHECKPOINT, RESULTS = "log.jsonl", "checkpoint.pt", "results.json"
+LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT = "loss.png", "cosines.png", "embedding.png"
+RUN_FILES = (LOG, CHECKPOINT, RESULTS, LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT)
+
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, exit code 2, no traceback."""
@@ -36,13 +40,15 @@ def create_run_folder(output: str | None, name: str, overwrite: bool) -> Path:
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
             raise UserError(f"--output {folder} is not empty: choose another folder or pass --overwrite")
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in RUN_FILES:  # old results beside a new log would mislead
+            (folder / stale).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot use the run folder {folder}: {error.strerror or error}") from error
     return folder
 
 
 class JsonLinesLog:
-    """log.jsonl: one JSON object per line, flushed at once, so that a crash loses nothing."""
+    """One JSON object per line, flushed at once, so that a crash loses nothing."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("w", encoding="utf-8")
