@@ -16,6 +16,7 @@ import datetime
 import json
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -231,7 +232,7 @@ def main() -> None:
         print_peak_memory(args.peak_memory_of)
         return
     results = {
-        "command": "python benchmarks/loss.py",
+        "command": shlex.join(["python", "benchmarks/loss.py", *sys.argv[1:]]),
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "instruction_set": ops.extension.cpu_instruction_set(),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts the figures of the committed data files into README.md, between its markers.
 
-    python benchmarks/report.py            # rewrite the tables
-    python benchmarks/report.py --check    # exit 1 if README.md says anything else than the data
+python benchmarks/report.py            # rewrite the tables
+python benchmarks/report.py --check    # exit 1 if README.md says anything else than the data
 """
 
 from __future__ import annotations
@@ -52,12 +52,6 @@ def loss_table(path: Path) -> str:
         size = f"{'N' if loss == 'mio' else 'B'} = {rows:,}, D = {dim}"
         lines.append(f"| {'MIO' if loss == 'mio' else 'SigLIP'} | {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def digits_table(path: Path) -> str:
-    """The table of the default pre-training run."""
-    data = json.loads(path.read_text())
-    return data["table"]
 
 
 def rendered(text: str) -> str:
