@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op ``mio_ext::pairwise_bce`` as Python sees it: backends, fake implementation, autograd.
 
-The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_kernel.h.
+The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_pass.h.
 """
 
 from __future__ import annotations

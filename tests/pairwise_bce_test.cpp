@@ -5,10 +5,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/openmp_threads.h"
+#include "cpu/schedule.h"
 
 namespace {
 
@@ -140,6 +143,30 @@ bool check(const Case& c, double limit) {
   return good;
 }
 
+// Every tile once; within a round no block twice.
+bool check_schedule(int64_t rows, int64_t cols, bool symmetric) {
+  mio_ext::Schedule schedule(rows, cols, symmetric);
+  std::set<std::pair<int64_t, int64_t>> seen;
+  std::set<int64_t> busy_rows, busy_cols;
+  int64_t round = 0;
+  for (auto t = schedule.take(); t.round >= 0; t = schedule.take()) {
+    if (t.round != round) busy_rows.clear(), busy_cols.clear();
+    round = t.round;
+    bool fresh = busy_rows.insert(t.row).second;
+    if (!symmetric) fresh = fresh && busy_cols.insert(t.col).second;
+    if (symmetric && t.row != t.col) fresh = fresh && busy_rows.insert(t.col).second;
+    if (t.row < rows && t.col < cols)
+      fresh = fresh && t.row <= (symmetric ? t.col : t.row) && seen.insert({t.row, t.col}).second;
+    schedule.done(t);
+    if (!fresh) {
+      std::printf("FAILED schedule of %ld x %ld: tile (%ld, %ld) of round %ld\n", long(rows), long(cols), long(t.row),
+                  long(t.col), long(t.round));
+      return false;
+    }
+  }
+  return int64_t(seen.size()) == (symmetric ? rows * (rows + 1) / 2 : rows * cols);
+}
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -159,7 +186,12 @@ int main(int, char** argv) {
       {3000, 0, 8, 1500, 0, true, true, false},
   };
   int failures = 0;
+  for (const int64_t rows : {1, 2, 3, 8, 13}) {
+    failures += !check_schedule(rows, rows, true);
+    for (const int64_t cols : {1, 4, 7, 13}) failures += !check_schedule(rows, cols, false);
+  }
   for (const Case& c : cases) failures += !check<float>(c, 1e-6) + !check<double>(c, 1e-13);
-  std::printf("%s: %d of %zu cases failed\n", mio_ext::cpu_instruction_set().c_str(), failures, 2 * std::size(cases));
+  std::printf("%s: %d failures in %zu cases and the schedules\n", mio_ext::cpu_instruction_set().c_str(), failures,
+              2 * std::size(cases));
   return failures != 0;
 }

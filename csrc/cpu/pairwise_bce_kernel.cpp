@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiles the CPU kernel once per instruction set and picks one when the program runs.
 #include "pairwise_bce_cpu.h"
+#include "schedule.h"
 
 #include <algorithm>
 #include <atomic>
@@ -10,7 +11,6 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 // GCC compiles parts of a file for other targets than the rest; clang ignores the pragma for that.
@@ -69,7 +69,7 @@ class Ranks {
 #define MIO_VECTOR_BYTES 64
 #define MIO_MR 8
 #define MIO_NV 2
-#include "pairwise_bce_kernel.h"
+#include "pairwise_bce_pass.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -78,7 +78,7 @@ class Ranks {
 #define MIO_VECTOR_BYTES 32
 #define MIO_MR 4
 #define MIO_NV 2
-#include "pairwise_bce_kernel.h"
+#include "pairwise_bce_pass.h"
 #pragma GCC pop_options
 
 #endif
@@ -87,7 +87,7 @@ class Ranks {
 #define MIO_VECTOR_BYTES 16
 #define MIO_MR 4
 #define MIO_NV 2
-#include "pairwise_bce_kernel.h"
+#include "pairwise_bce_pass.h"
 
 namespace mio_ext {
 
