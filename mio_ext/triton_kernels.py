@@ -47,6 +47,24 @@ def reciprocal(v):
 
 
 @triton.jit
+def narrow(v, dtype: tl.constexpr):
+    """v in ``dtype``, rounded to nearest even. The interpreter would cut bfloat16 off."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        v = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return v.to(dtype)
+
+
+@triton.jit
+def matmul(a, b, acc, PRECISION: tl.constexpr):
+    """a b + acc in float32. The interpreter would multiply the bits of bfloat16 numbers."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def log2_1p(v):
     """log2(1 + v) for v ≥ 0, to the last bits where v is tiny: the rounding of 1 + v cancels."""
     w = 1.0 + v
@@ -315,7 +333,7 @@ def prepare_kernel(
         back = tl.where(norm <= power * EPS, 0.0, power / norm)
         half_norm = 0.5 * (norm * inverse) * (norm * inverse)
     out = out_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :]
-    tl.store(out, z.to(raw.dtype), mask=(row[:, None] < n_pad) & (column[None, :] < WIDTH))
+    tl.store(out, narrow(z, raw.dtype), mask=(row[:, None] < n_pad) & (column[None, :] < WIDTH))
     tl.store(rows_ptr + row, inverse, mask=row < n_pad)
     tl.store(rows_ptr + n_pad + row, back, mask=row < n_pad)
     tl.store(rows_ptr + 2 * n_pad + row, half_norm, mask=row < n_pad)
@@ -406,8 +424,9 @@ def sweep_kernel(
             scale_p, bias, grad_p, grad_l, pos, NORMALIZE,
         )  # fmt: skip
         if LOSS:  # stored at once: nothing of it stays in a register through the loop
-            none = (positive_col >= first) & (positive_col < end) | (own_col >= first) & (own_col < end)
-            present = tl.where((rows < m) & (end > first), end - first, 0) - none.to(tl.int32)
+            present = tl.where(rows < m, end - first, 0)
+            present -= ((positive_col >= first) & (positive_col < end)).to(tl.int32)
+            present -= ((own_col >= first) & (own_col < end)).to(tl.int32)
             tl.store(record + tl.arange(0, SUMS), put(pos, 1, tl.sum(present.to(tl.int64), 0)))
             tl.debug_barrier()
 
@@ -416,7 +435,7 @@ def sweep_kernel(
         cols = col0 + tl.arange(0, BLOCK_N)
         y = tl.load(y_ptr + cols[:, None].to(tl.int64) * BLOCK_D + depth[None, :])
         col_inverse = tl.load(y_rows_ptr + cols)
-        s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (2), but for the norms, in float32
+        s = matmul(x, tl.trans(y), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)  # (2), but for the norms, in float32
         if NORMALIZE:
             s = s * col_inverse[None, :]
         if HAS_IDS:
@@ -452,7 +471,7 @@ def sweep_kernel(
         if GRAD:
             if NORMALIZE:
                 g = g * col_inverse[None, :]
-            acc = tl.dot(g.to(x.dtype), y, acc, input_precision=PRECISION)  # (9)
+            acc = matmul(narrow(g, x.dtype), y, acc, PRECISION)  # (9)
 
     inverse = tl.load(x_rows_ptr + rows)
     if LOSS:
@@ -543,7 +562,7 @@ def terms_kernel(
         )  # fmt: skip
         if GRAD:
             # Both sides' norms, so that one matrix serves dx and dy; project_kernel takes the row's own back out.
-            g = (g * inverse[:, None] * col_inverse[None, :]).to(g_ptr.dtype.element_ty)
+            g = narrow(g * inverse[:, None] * col_inverse[None, :], g_ptr.dtype.element_ty)
             tl.store(g_ptr + row_at * stride_g + cols[None, :], g)
     record = sums_ptr + (record0 + tl.program_id(0)).to(tl.int64) * SUMS
     tl.store(record + tl.arange(0, SUMS), pos)
