@@ -2,8 +2,9 @@
 """Host side of the Triton backend: check, allocate, choose a path, launch.
 
 Up to D = 256 everything is in one kernel, swept once a wanted gradient. Wider rows do not fit in
-registers next to a useful tile: there a library product makes the logits of a chunk of rows, a fused
-kernel turns them in place into the gradient's coefficients, and library products finish.
+registers next to a useful tile, and float32 without TF32 has no tensor core: there a library product
+makes the logits of a chunk of rows, a fused kernel turns them in place into the gradient's
+coefficients, and library products finish.
 
 Nothing here reads a device value: the launches can be captured in a CUDA graph.
 """
@@ -24,6 +25,8 @@ from .triton_tiles import Tile, tile_for
 FUSED_WIDTH = 256
 #: Bytes of a chunk's float32 logits on the wide path, which bound its memory.
 CHUNK_BYTES = 512 * 2**20
+#: Up to this many rows the sweep also finishes the gradient: launches weigh more than registers.
+FINISH_ROWS = 1024
 #: Bytes the partial gradients of column splits may take.
 SPLIT_BYTES = 16 * 2**20
 #: Rows of prepared features are padded to a multiple of this; every tile divides it.
@@ -95,7 +98,7 @@ def pairwise_bce(
 ) -> Outputs:
     """The op; contract in csrc/ops.cpp."""
     _check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad)
-    fused = triton.next_power_of_2(x.shape[1]) <= FUSED_WIDTH and x.dtype != torch.float64
+    fused = x.shape[1] <= FUSED_WIDTH and tensor_core_type(x.dtype)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         job = Job(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad, fused)
         job.fused() if fused else job.chunked()
@@ -172,19 +175,25 @@ class Job:
     def _sweep(self, rows: Rows, cols: Rows, pairs: Pairs, grad: Tensor | None, loss: bool) -> None:
         capability, slots = _device(rows.z.device.index)
         width = rows.z.shape[1]
-        tile = tile_for(capability, rows.z.element_size(), width, self.has_ids)
+        finish = rows.n <= FINISH_ROWS
+        tile = tile_for(capability, rows.z.element_size(), width, small=finish or self.has_ids)
         plan = sweep_plan(rows.n, cols.n, rows.n_pad * width * 4, tile, slots)
         sums = self.stats.new_empty(plan.row_blocks * plan.splits if loss else 0, kernels.SUMS.value)
-        partial = self.coef.new_empty((plan.splits, rows.n_pad, width) if grad is not None and plan.splits > 1 else 0)
+        in_place = plan.splits == 1 and not finish and grad is not None and width == rows.d and rows.n_pad == rows.n
+        partial = self.coef.new_empty((plan.splits, rows.n_pad, width) if grad is not None and not in_place else 0)
+        if in_place and grad is not None:
+            partial = grad
         kernels.sweep_kernel[(plan.row_blocks, plan.splits)](
             rows.z, cols.z, rows.factors, cols.factors, *self._ids(rows, cols), self.coef,
             self.coef if grad is None else grad, partial, sums, rows.counters, self.loss, self.stats, self.dparams,
             rows.n, cols.n, rows.d, rows.n_pad, cols.n_pad, *pairs, plan.tiles_per_split, plan.splits,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=width,
             NORMALIZE=self.normalize, HAS_IDS=self.has_ids, EXCLUDE_SELF=self.exclude_self, TRANSPOSED=not loss,
-            GRAD=grad is not None, LOSS=loss, DPARAMS=loss and self.needs_grad[2], SPLIT=plan.splits > 1,
-            PRECISION=input_precision(rows.z.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            GRAD=grad is not None, LOSS=loss, DPARAMS=loss and self.needs_grad[2], FINISH=finish,
+            PRECISION="tf32", num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+        if grad is not None and not finish:
+            self._project(partial, rows, grad, plan.splits, both_norms=False)
 
     def _ids(self, rows: Rows, cols: Rows) -> tuple[Tensor, Tensor]:
         if rows.ids is None:
@@ -196,14 +205,16 @@ class Job:
     def chunked(self) -> None:
         x, y = self.x, self.y
         want_dx, want_dy, want_dparams = self.needs_grad
-        block_m, block_n = 4, 256
+        block_m = 4
         fit = CHUNK_BYTES // (y.n_pad * self.coef.element_size()) // ROW_MULTIPLE * ROW_MULTIPLE
         chunk = min(max(ROW_MULTIPLE, fit), x.n_pad)
         products = self.coef.new_empty(chunk, y.n_pad)
         g = products.view(x.z.dtype)[:, : y.n_pad]
         sums = self.stats.new_empty(x.n_pad // block_m, kernels.SUMS.value)
-        dx = self.coef.new_empty(x.z.shape if want_dx else 0)
-        dy = self.coef.new_zeros(y.z.shape if want_dy else 0)
+        # The gradients are made where they are returned, unless padding is in the way.
+        dx = self.dx if x.z.shape == self.dx.shape else self.coef.new_empty(x.z.shape if want_dx else 0)
+        dy = self.dy if y.z.shape == self.dy.shape else self.coef.new_empty(y.z.shape if want_dy else 0)
+        dy.zero_()
         for row0 in range(0, x.n_pad, chunk):
             n_rows = min(chunk, x.n_pad - row0)
             rows = x.z[row0 : row0 + n_rows]
@@ -211,7 +222,7 @@ class Job:
             kernels.terms_kernel[(n_rows // block_m,)](
                 products, g, x.factors, y.factors, *self._ids(x, y), self.coef, sums,
                 row0, n_rows, row0 // block_m, x.n, y.n, x.n_pad, y.n_pad, g.stride(0), *self.pairs,
-                BLOCK_M=block_m, BLOCK_N=min(block_n, ROW_MULTIPLE), HAS_IDS=self.has_ids,
+                BLOCK_M=block_m, BLOCK_N=ROW_MULTIPLE, HAS_IDS=self.has_ids,
                 EXCLUDE_SELF=self.exclude_self, GRAD=want_dx or want_dy, DPARAMS=want_dparams, num_warps=4,
             )  # fmt: skip
             if want_dx:
@@ -222,18 +233,19 @@ class Job:
             sums, sums.shape[0], self.coef, self.loss, self.stats, self.dparams, DPARAMS=want_dparams
         )
         if want_dx:
-            self.dx = self._project(dx, x)
+            self._project(dx, x, self.dx, 1, both_norms=True)
         if want_dy:
-            self.dy = self._project(dy, y)
+            self._project(dy, y, self.dy, 1, both_norms=True)
 
-    def _project(self, g: Tensor, rows: Rows) -> Tensor:
+    def _project(self, g: Tensor, rows: Rows, out: Tensor, splits: int, both_norms: bool) -> None:
         width = rows.z.shape[1]
-        out = g[: rows.n] if width == rows.d else g.new_empty(rows.n, rows.d)
-        kernels.project_kernel[(rows.n,)](
-            g, rows.z, rows.factors, self.coef, out, rows.n_pad, rows.d,
-            WIDTH=width, BLOCK_D=triton.next_power_of_2(width), NORMALIZE=self.normalize, num_warps=4,
+        block_d = triton.next_power_of_2(width)
+        block = max(1, min(16, 4096 // block_d))
+        kernels.project_kernel[(triton.cdiv(rows.n, block),)](
+            g, rows.z, rows.factors, self.coef, out, rows.n, rows.n_pad, rows.d, splits,
+            WIDTH=width, BLOCK_D=block_d, ROWS=block, NORMALIZE=self.normalize,
+            BOTH_NORMS=both_norms and self.normalize, num_warps=4,
         )  # fmt: skip
-        return out
 
 
 class Plan(NamedTuple):
@@ -249,11 +261,11 @@ def sweep_plan(m: int, k: int, bytes_a_split: int, tile: Tile, slots: int) -> Pl
     return Plan(row_blocks, triton.cdiv(col_tiles, tiles_per_split), tiles_per_split)
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """How the tensor cores treat float32, as torch.set_float32_matmul_precision() says."""
-    if dtype != torch.float32:
-        return "tf32"  # 16-bit operands: no choice to make
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def tensor_core_type(dtype: torch.dtype) -> bool:
+    """Do tensor cores take it? float32 only as far as torch.set_float32_matmul_precision() lets TF32 in."""
+    if dtype == torch.float32:
+        return torch.get_float32_matmul_precision() != "highest"
+    return dtype.itemsize == 2
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:

@@ -175,11 +175,12 @@ def special_columns(
 @triton.jit
 def labelled_tile(
     s, inverse, half_norm, col_half_norm, positive, negative, scale_p, scale_n, bias, grad_p, grad_n, grad_l,
-    p, log2_sum, products, sigmas, sigma_products, pos, LOSS: tl.constexpr, DPARAMS: tl.constexpr,
+    p, log2_sum, products, sigmas, sigma_products, pos_p, pos_log2, pos, LOSS: tl.constexpr, DPARAMS: tl.constexpr,
 ):  # fmt: skip
     """A tile with pairs of both classes: eq. (7)-(8) over the unit, and the sums.
 
-    s: x·y short of the rows' ``inverse``. pos: the [SUMS] vector of everything but the negatives' lanes.
+    s: x·y short of the rows' ``inverse``. pos_p, pos_log2: add_logs of the positives; pos: the [SUMS]
+    vector of everything that is not kept in lanes.
     """
     product = s * inverse[:, None]
     t = tl.where(positive, -(product * scale_p + bias), product * scale_n + bias)
@@ -188,11 +189,11 @@ def labelled_tile(
         p, log2_sum = add_logs(p, log2_sum + sum_lanes(tl.where(negative, relu, 0.0)), tl.where(negative, e, 0.0))
         products += sum_lanes(tl.where(negative, s, 0.0))
         sigmas += sum_lanes(tl.where(negative, sigma, 0.0))
-        logs = log2_1p(multiply_lanes(tl.where(positive, e, 0.0))) + sum_lanes(tl.where(positive, relu, 0.0))
+        relus = sum_lanes(tl.where(positive, relu, 0.0))
+        pos_p, pos_log2 = add_logs(pos_p, pos_log2 + relus, tl.where(positive, e, 0.0))
         half_norms = half_norm[:, None] + col_half_norm[None, :]
         pos = put(pos, 0, total(positive.to(tl.int32)))
         pos = put(pos, 1, total(negative.to(tl.int32)))
-        pos = put(pos, 2, total(logs))
         pos = put(pos, 4, total(tl.where(positive, product, 0.0)))
         pos = put(pos, 6, total(tl.where(positive, sigma, 0.0)))
         pos = put(pos, 10, total(tl.where(positive, half_norms - product, 0.0)))
@@ -200,7 +201,7 @@ def labelled_tile(
             sigma_products += sum_lanes(tl.where(negative, sigma * s, 0.0))
             pos = put(pos, 8, total(tl.where(positive, sigma * product, 0.0)))
     g = tl.where(positive, sigma * grad_p + grad_l, tl.where(negative, sigma * grad_n, 0.0))
-    return g, p, log2_sum, products, sigmas, sigma_products, pos
+    return g, p, log2_sum, products, sigmas, sigma_products, pos_p, pos_log2, pos
 
 
 @triton.jit
@@ -288,6 +289,32 @@ def project(g, z, inverse, back, unit, NORMALIZE: tl.constexpr):
         return g * unit
 
 
+@triton.jit
+def store_coef(
+    coef_ptr, a_p, a_n, b, w_p, w_n, w_l, COEF_SCALE: tl.constexpr, GRADIENT_TIMES: tl.constexpr
+):  # fmt: skip
+    """The numbers all kernels share.
+
+    Scales of the positive and negative logit and bias, base 2; weights of σ on positive and negative
+    pairs and the constant on positive ones, eq. (7)-(8), over ``unit``; unit; w_p, w_n, w_l. The unit is
+    the largest weight, so 1/N² flushes nothing; COEF_SCALE lifts float16 further from its floor.
+    """
+    weight_p = w_p * a_p
+    weight_n = w_n * a_n
+    unit = tl.maximum(tl.abs(weight_p) + tl.abs(w_l), tl.abs(weight_n))
+    over = tl.where(unit == 0.0, 0.0, COEF_SCALE / tl.where(unit == 0.0, 1.0, unit))
+    tl.store(coef_ptr + 0, a_p / LN2)
+    tl.store(coef_ptr + 1, a_n / LN2)
+    tl.store(coef_ptr + 2, b / LN2)
+    tl.store(coef_ptr + 3, -weight_p * over)
+    tl.store(coef_ptr + 4, weight_n * over)
+    tl.store(coef_ptr + 5, -w_l * over)
+    tl.store(coef_ptr + 6, unit * (GRADIENT_TIMES / COEF_SCALE))
+    tl.store(coef_ptr + 7, w_p)
+    tl.store(coef_ptr + 8, w_n)
+    tl.store(coef_ptr + 9, w_l)
+
+
 @triton.jit(do_not_specialize=["n", "d", "n_pad", "counters", "a_p", "a_n", "b", "w_p", "w_n", "w_l"])
 def prepare_kernel(
     z_ptr,  # [n, d], any strides
@@ -295,19 +322,14 @@ def prepare_kernel(
     rows_ptr,  # [3, n_pad]: inverse, back, half_norm
     counter_ptr,  # [counters], int32, to be zeroed
     params_ptr,  # [6] or unused
-    coef_ptr,  # [10], see below
+    coef_ptr,  # [10], see store_coef
     a_p, a_n, b, w_p, w_n, w_l,
     n, d, stride_n, stride_d, n_pad, counters,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     NORMALIZE: tl.constexpr, FIRST: tl.constexpr, HAS_PARAMS: tl.constexpr,
     COEF_SCALE: tl.constexpr, GRADIENT_TIMES: tl.constexpr,
 ):  # fmt: skip
-    """The padded copy and the factors of its rows. The FIRST call also sets up the numbers all kernels share.
-
-    coef: scales of the positive and negative logit and bias, base 2; weights of σ on positive and
-    negative pairs and the constant on positive ones, eq. (7)-(8), over ``unit``; unit; w_p, w_n, w_l.
-    The unit is the largest weight, so 1/N² flushes nothing; COEF_SCALE lifts float16 further from its floor.
-    """
+    """The padded copy and the factors of its rows. The FIRST call also sets up the numbers all kernels share."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     mask = (row[:, None] < n) & (column[None, :] < d)
@@ -343,26 +365,12 @@ def prepare_kernel(
             tl.store(counter_ptr + index, tl.zeros([1024], tl.int32), mask=index < counters)
         if FIRST:
             if HAS_PARAMS:
-                a_p = tl.load(params_ptr)
-                a_n = tl.load(params_ptr + 1)
-                b = tl.load(params_ptr + 2)
-                w_p = tl.load(params_ptr + 3)
-                w_n = tl.load(params_ptr + 4)
-                w_l = tl.load(params_ptr + 5)
-            weight_p = w_p * a_p
-            weight_n = w_n * a_n
-            unit = tl.maximum(tl.abs(weight_p) + tl.abs(w_l), tl.abs(weight_n))
-            over = tl.where(unit == 0.0, 0.0, COEF_SCALE / tl.where(unit == 0.0, 1.0, unit))
-            tl.store(coef_ptr + 0, a_p / LN2)
-            tl.store(coef_ptr + 1, a_n / LN2)
-            tl.store(coef_ptr + 2, b / LN2)
-            tl.store(coef_ptr + 3, -weight_p * over)
-            tl.store(coef_ptr + 4, weight_n * over)
-            tl.store(coef_ptr + 5, -w_l * over)
-            tl.store(coef_ptr + 6, unit * (GRADIENT_TIMES / COEF_SCALE))
-            tl.store(coef_ptr + 7, w_p)
-            tl.store(coef_ptr + 8, w_n)
-            tl.store(coef_ptr + 9, w_l)
+                store_coef(
+                    coef_ptr, tl.load(params_ptr), tl.load(params_ptr + 1), tl.load(params_ptr + 2),
+                    tl.load(params_ptr + 3), tl.load(params_ptr + 4), tl.load(params_ptr + 5), COEF_SCALE, GRADIENT_TIMES,
+                )  # fmt: skip
+            else:
+                store_coef(coef_ptr, a_p, a_n, b, w_p, w_n, w_l, COEF_SCALE, GRADIENT_TIMES)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "tiles_per_split", "splits"])
@@ -373,7 +381,7 @@ def sweep_kernel(
     y_rows_ptr,  # [3, k_pad]
     x_ids_ptr,  # [m], int64, or unused
     y_ids_ptr,  # [k]
-    coef_ptr,  # [10], see prepare_kernel
+    coef_ptr,  # [10], see store_coef
     dx_ptr,  # [m, d], float32
     partial_ptr,  # [splits, m_pad, BLOCK_D], float32
     sums_ptr,  # [programs, SUMS], float64
@@ -382,12 +390,13 @@ def sweep_kernel(
     m, k, d, m_pad, k_pad, diag_self, diag_positive, diag_wrap, own_first, own_end, tiles_per_split, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, TRANSPOSED: tl.constexpr,
-    GRAD: tl.constexpr, LOSS: tl.constexpr, DPARAMS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD: tl.constexpr, LOSS: tl.constexpr, DPARAMS: tl.constexpr, FINISH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows against one range of columns: their share of the loss and of dx, eq. (9).
 
-    The program that is last to finish adds up what the others left, in a fixed order: one launch for
-    everything, and the same bits every time.
+    The program that is last to finish adds up what the others left, in a fixed order: the same bits every
+    time. With FINISH that goes for the gradient too: a small batch waits for launches, a large one for
+    registers, and leaves the sum over splits and eq. (10) to project_kernel.
     """
     row0 = tl.program_id(0) * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
@@ -412,6 +421,8 @@ def sweep_kernel(
     products = tl.zeros([BLOCK_M, 4], tl.float32)
     sigmas = tl.zeros([BLOCK_M, 4], tl.float32)
     sigma_products = tl.zeros([BLOCK_M, 4], tl.float32)
+    pos_p = tl.zeros([BLOCK_M, 4], tl.float32)
+    pos_log2 = tl.zeros([BLOCK_M, 4], tl.float32)
     pos = tl.zeros([SUMS], tl.float64)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     programs = tl.num_programs(0) * tl.num_programs(1)
@@ -444,9 +455,9 @@ def sweep_kernel(
             positive = keep & (row_ids[:, None] == col_ids[None, :])
             negative = keep & (row_ids[:, None] != col_ids[None, :])
             col_half_norm = tl.load(y_rows_ptr + 2 * k_pad + cols)
-            g, p, log2_sum, products, sigmas, sigma_products, pos = labelled_tile(
+            g, p, log2_sum, products, sigmas, sigma_products, pos_p, pos_log2, pos = labelled_tile(
                 s, inverse, half_norm, col_half_norm, positive, negative, scale_p, scale_n, bias, grad_p, grad_n,
-                grad_l, p, log2_sum, products, sigmas, sigma_products, pos, LOSS, DPARAMS,
+                grad_l, p, log2_sum, products, sigmas, sigma_products, pos_p, pos_log2, pos, LOSS, DPARAMS,
             )  # fmt: skip
         else:
             t = s * row_scale[:, None] + bias
@@ -476,26 +487,23 @@ def sweep_kernel(
     inverse = tl.load(x_rows_ptr + rows)
     if LOSS:
         if HAS_IDS:
-            tl.store(record + tl.arange(0, SUMS), pos)
+            tl.store(record + tl.arange(0, SUMS), put(pos, 2, total((pos_log2 + log2_1p(pos_p)).to(tl.float64))))
             tl.debug_barrier()
         store_lanes(record, p, log2_sum, products, sigmas, sigma_products, inverse, rows < m)
     if GRAD:
         at = rows[:, None].to(tl.int64) * BLOCK_D + depth[None, :]
-        ticket = splits - 1
-        if SPLIT:
-            stride = m_pad.to(tl.int64) * BLOCK_D
-            tl.store(partial_ptr + tl.program_id(1) * stride + at, acc)
+        stride = m_pad.to(tl.int64) * BLOCK_D
+        tl.store(partial_ptr + tl.program_id(1) * stride + at, acc)
+        if FINISH:
             tl.debug_barrier()  # all of this program's stores come before its ticket
-            ticket = tl.atomic_add(counter_ptr + 1 + tl.program_id(0), 1)
-        if ticket == splits - 1:
-            if SPLIT:
+            if tl.atomic_add(counter_ptr + 1 + tl.program_id(0), 1) == splits - 1:
                 acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
                 for split in range(0, splits):
                     acc += tl.load(partial_ptr + split * stride + at, cache_modifier=".cg")
-            back = tl.load(x_rows_ptr + m_pad + rows)
-            dx = project(acc, tl.load(x_ptr + at), inverse, back, tl.load(coef_ptr + 6), NORMALIZE)
-            dx_at = dx_ptr + rows[:, None].to(tl.int64) * d + depth[None, :]
-            tl.store(dx_at, dx, mask=(rows[:, None] < m) & (depth[None, :] < d))
+                back = tl.load(x_rows_ptr + m_pad + rows)
+                dx = project(acc, tl.load(x_ptr + at), inverse, back, tl.load(coef_ptr + 6), NORMALIZE)
+                dx_at = dx_ptr + rows[:, None].to(tl.int64) * d + depth[None, :]
+                tl.store(dx_at, dx, mask=(rows[:, None] < m) & (depth[None, :] < d))
     if LOSS:
         tl.debug_barrier()
         if tl.atomic_add(counter_ptr, 1) == programs - 1:
@@ -541,6 +549,8 @@ def terms_kernel(
     products = tl.zeros([BLOCK_M, 4], dtype)
     sigmas = tl.zeros([BLOCK_M, 4], dtype)
     sigma_products = tl.zeros([BLOCK_M, 4], dtype)
+    pos_p = tl.zeros([BLOCK_M, 4], dtype)
+    pos_log2 = tl.zeros([BLOCK_M, 4], dtype)
     pos = tl.zeros([SUMS], tl.float64)
     row_at = local[:, None].to(tl.int64)
     for col0 in range(0, k_pad, BLOCK_N):
@@ -555,42 +565,47 @@ def terms_kernel(
             same = row_ids[:, None] == col_ids[None, :]
         else:
             same = cols[None, :] == positive_col[:, None]
-        g, p, log2_sum, products, sigmas, sigma_products, pos = labelled_tile(
+        g, p, log2_sum, products, sigmas, sigma_products, pos_p, pos_log2, pos = labelled_tile(
             s * col_inverse[None, :], inverse, half_norm, col_half_norm, keep & same, keep & (same == 0),
             scale_p, scale_n, bias, grad_p, grad_n, grad_l,
-            p, log2_sum, products, sigmas, sigma_products, pos, True, DPARAMS,
+            p, log2_sum, products, sigmas, sigma_products, pos_p, pos_log2, pos, True, DPARAMS,
         )  # fmt: skip
         if GRAD:
             # Both sides' norms, so that one matrix serves dx and dy; project_kernel takes the row's own back out.
             g = narrow(g * inverse[:, None] * col_inverse[None, :], g_ptr.dtype.element_ty)
             tl.store(g_ptr + row_at * stride_g + cols[None, :], g)
     record = sums_ptr + (record0 + tl.program_id(0)).to(tl.int64) * SUMS
-    tl.store(record + tl.arange(0, SUMS), pos)
+    tl.store(record + tl.arange(0, SUMS), put(pos, 2, total((pos_log2 + log2_1p(pos_p)).to(tl.float64))))
     tl.debug_barrier()
     store_lanes(record, p, log2_sum, products, sigmas, sigma_products, inverse, rows < m)
 
 
-@triton.jit(do_not_specialize=["n_pad", "d"])
+@triton.jit(do_not_specialize=["n", "n_pad", "d", "splits"])
 def project_kernel(
-    g_ptr,  # [n_pad, WIDTH] the rows' gradient from terms_kernel's coefficients; may be dz_ptr's memory
+    g_ptr,  # [splits, n_pad, WIDTH] the rows' gradient over the unit, in parts; may be dz_ptr's memory
     z_ptr,  # [n_pad, WIDTH], prepared
     rows_ptr,  # [3, n_pad]
     coef_ptr,
     dz_ptr,  # [n, d]
-    n_pad, d,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+    n, n_pad, d, splits,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NORMALIZE: tl.constexpr, BOTH_NORMS: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (10), a row a program."""
-    row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    """Eq. (10). BOTH_NORMS: the coefficients were terms_kernel's, with the row's own norm in them."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    at = row[:, None] * WIDTH + column[None, :]
+    at = row[:, None].to(tl.int64) * WIDTH + column[None, :]
     mask = (column < WIDTH)[None, :]
     inverse = tl.load(rows_ptr + row)
     back = tl.load(rows_ptr + n_pad + row)
-    g = tl.load(g_ptr + at, mask=mask, other=0.0) / inverse[:, None]
+    g = tl.load(g_ptr + at, mask=mask, other=0.0)
+    for split in range(1, splits):
+        g += tl.load(g_ptr + split * n_pad.to(tl.int64) * WIDTH + at, mask=mask, other=0.0)
+    if BOTH_NORMS:
+        g = g / inverse[:, None]
     dz = project(g, tl.load(z_ptr + at, mask=mask, other=0.0), inverse, back, tl.load(coef_ptr + 6), NORMALIZE)
     tl.debug_barrier()
-    tl.store(dz_ptr + row[:, None] * d + column[None, :], dz, mask=(column < d)[None, :])
+    dz_at = dz_ptr + row[:, None].to(tl.int64) * d + column[None, :]
+    tl.store(dz_at, dz, mask=(row[:, None] < n) & (column[None, :] < d))
 
 
 @triton.jit(do_not_specialize=["records"])

@@ -23,31 +23,49 @@ TILES: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 32, 4, 3),
     (80, 2, 256): Tile(64, 32, 8, 2),
     (80, 4, 64): Tile(64, 32, 4, 2),
-    (80, 4, 128): Tile(64, 32, 8, 2),
+    (80, 4, 128): Tile(32, 32, 4, 2),
     (80, 4, 256): Tile(32, 32, 8, 2),
     (90, 2, 64): Tile(128, 64, 8, 3),
-    (90, 2, 128): Tile(128, 32, 8, 3),
+    (90, 2, 128): Tile(128, 64, 8, 3),
     (90, 2, 256): Tile(128, 32, 8, 2),
     (90, 4, 64): Tile(64, 32, 4, 2),
-    (90, 4, 128): Tile(64, 32, 8, 2),
-    (90, 4, 256): Tile(32, 32, 8, 2),
+    (90, 4, 128): Tile(64, 32, 4, 2),
+    (90, 4, 256): Tile(64, 32, 4, 2),
     (100, 2, 64): Tile(128, 32, 8, 3),
     (100, 2, 128): Tile(128, 32, 8, 3),
     (100, 2, 256): Tile(128, 32, 8, 2),
     (100, 4, 64): Tile(64, 32, 4, 2),
-    (100, 4, 128): Tile(64, 32, 8, 2),
-    (100, 4, 256): Tile(32, 32, 8, 2),
+    (100, 4, 128): Tile(64, 32, 4, 2),
+    (100, 4, 256): Tile(64, 32, 8, 2),
 }
 
-#: What ids cost in registers: every tile has both classes of pairs.
-IDS_TILE = {2: Tile(64, 32, 8, 2), 4: Tile(32, 32, 8, 2)}
+#: Where a launch finishes everything, or both classes of pairs are in every tile (ids): registers are
+#: short, or there are few rows. The same key.
+SMALL_TILES: dict[tuple[int, int, int], Tile] = {
+    (80, 2, 64): Tile(64, 32, 4, 2),
+    (80, 2, 128): Tile(64, 32, 8, 2),
+    (80, 2, 256): Tile(32, 32, 8, 2),
+    (80, 4, 64): Tile(32, 32, 4, 2),
+    (80, 4, 128): Tile(32, 32, 4, 2),
+    (80, 4, 256): Tile(32, 32, 8, 2),
+    (90, 2, 64): Tile(64, 32, 4, 2),
+    (90, 2, 128): Tile(64, 32, 4, 2),
+    (90, 2, 256): Tile(64, 16, 4, 2),
+    (90, 4, 64): Tile(64, 16, 4, 2),
+    (90, 4, 128): Tile(64, 16, 4, 2),
+    (90, 4, 256): Tile(32, 32, 8, 2),
+    (100, 2, 64): Tile(64, 32, 4, 2),
+    (100, 2, 128): Tile(64, 32, 4, 2),
+    (100, 2, 256): Tile(64, 32, 8, 2),
+    (100, 4, 64): Tile(64, 32, 4, 2),
+    (100, 4, 128): Tile(64, 32, 4, 2),
+    (100, 4, 256): Tile(64, 32, 8, 2),
+}
 
 
-def tile_for(capability: int, itemsize: int, width: int, has_ids: bool = False) -> Tile:
+def tile_for(capability: int, itemsize: int, width: int, small: bool) -> Tile:
     """The tile for D padded to ``width`` on a GPU of compute capability ``capability`` (90 is 9.0)."""
-    if has_ids:
-        return IDS_TILE[itemsize]
     known = sorted({key[0] for key in TILES})
     nearest = max((c for c in known if c <= capability), default=known[0])
     bucket = min(key[2] for key in TILES if key[:2] == (nearest, itemsize) and key[2] >= width)
-    return TILES[nearest, itemsize, bucket]
+    return (SMALL_TILES if small else TILES)[nearest, itemsize, bucket]
