@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 #: Compute capability -> what its tensor cores' instruction is called; float32 on 9.0 may use the older one.
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
+ROW = "{:<4} {:<8} {:<5} {:<16} {:<16} {:>4} {:>6} {:>6} {:>6} {:>10}"
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB a program may have
 
 
@@ -67,7 +68,7 @@ def sweep_entries(quick: bool) -> list[Entry]:
             }
         for dtype in dtypes:
             for name, flags in variants.items():
-                tile = tile_for(capability, itemsize, width, small="FINISH" in flags or "HAS_IDS" in flags)
+                tile = tile_for(capability, itemsize, width, "FINISH" in flags, "HAS_IDS" in flags)
                 constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": width}
                 constants |= dict.fromkeys(("NORMALIZE", "HAS_IDS", "EXCLUDE_SELF", "TRANSPOSED"), False)
                 constants |= {"GRAD": True, "LOSS": True, "DPARAMS": False, "FINISH": False, "PRECISION": "tf32"}
@@ -128,8 +129,9 @@ def compile_entry(entry: Entry) -> Resources:
     code, usage = disassemble(compiled.asm["cubin"])
     special_per_logit = None
     if entry.kernel == "sweep_kernel":
-        logits = entry.constants["BLOCK_M"] * entry.constants["BLOCK_N"] / (32 * entry.warps)
-        special_per_logit = len(re.findall(r"\bMUFU", main_loop(code, "|".join(MATRIX.values())))) / logits
+        # A logit has exactly one exponential; the assembler may hold a loop's code twice, for a branch.
+        loop = main_loop(code, "|".join(MATRIX.values()))
+        special_per_logit = len(re.findall(r"\bMUFU", loop)) / len(re.findall(r"\bMUFU\.EX2", loop))
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=compiled.metadata.shared,
@@ -161,7 +163,7 @@ def main_loop(code: str, matrix: str) -> str:
         jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
         if jump and labels.get(jump[1], i) < i:
             body = "\n".join(lines[labels[jump[1]] : i + 1])
-            if re.search(rf"\b(?:{matrix})\b", body) and "MUFU" in body:
+            if re.search(rf"\b(?:{matrix})\b", body) and "MUFU.EX2" in body:
                 loops.append(body)
     return min(loops, key=len)
 
@@ -189,20 +191,20 @@ def main() -> None:
     entries = sweep_entries(args.quick) + ([] if args.quick else other_entries())
     context = multiprocessing.get_context("spawn")
     bad = 0
-    print("capability  kernel          type  tile             what                     regs  shared KiB  spills  matrix  MUFU/logit")
+    print(ROW.format("cc", "kernel", "type", "tile", "what", "regs", "KiB", "spills", "matrix", "MUFU/logit"))
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         for entry, found in zip(entries, pool.map(compile_entry, entries), strict=True):
             c = entry.constants
-            tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_D']} {entry.warps}w{entry.stages}s" if "PRECISION" in c else ""
+            sweep = "PRECISION" in c
+            tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_D']} {entry.warps}w{entry.stages}s" if sweep else ""
             special = "" if found.special is None else f"{found.special:.2f}"
             wrong = faults(entry, found)
             bad += bool(wrong)
-            print(
-                f"{entry.capability:<11} {entry.kernel:<15} {entry.dtype:<5} {tile:<16} {entry.name:<24} "
-                f"{found.registers:>4}  {found.shared / 1024:>10.1f}  {found.spills:>6}  {found.matrix:>6}  {special:>10}"
-                f"{'  <- ' + ', '.join(wrong) if wrong else ''}",
-                flush=True,
-            )
+            kernel = entry.kernel.removesuffix("_kernel")
+            shared = f"{found.shared / 1024:.1f}"
+            row = (entry.capability, kernel, entry.dtype, tile, entry.name)
+            row += (found.registers, shared, found.spills, found.matrix, special)
+            print(ROW.format(*row) + ("  <- " + ", ".join(wrong) if wrong else ""), flush=True)
     print(f"{len(entries)} entries, {bad} with faults")
     sys.exit(bool(bad))
 

@@ -18,8 +18,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_kernels as kernels
+from . import triton_kernels
 from .triton_tiles import Tile, tile_for
+
+#: Launches are untyped.
+kernels: Any = triton_kernels
 
 #: Widest row, padded to a power of two, of the fused kernel.
 FUSED_WIDTH = 256
@@ -62,9 +65,7 @@ class Pairs(NamedTuple):
     own_end: int
 
     def transposed(self) -> Pairs:
-        return self._replace(
-            diag_self=-self.diag_self, diag_positive=-self.diag_positive, diag_wrap=-self.diag_wrap
-        )
+        return self._replace(diag_self=-self.diag_self, diag_positive=-self.diag_positive, diag_wrap=-self.diag_wrap)
 
 
 @functools.cache
@@ -99,7 +100,7 @@ def pairwise_bce(
     """The op; contract in csrc/ops.cpp."""
     _check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad)
     fused = x.shape[1] <= FUSED_WIDTH and tensor_core_type(x.dtype)
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device(x.device if x.is_cuda else -1), torch.autocast(x.device.type, enabled=False):
         job = Job(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad, fused)
         job.fused() if fused else job.chunked()
         return job.loss, job.stats, job.dx, job.dy, job.dparams
@@ -167,7 +168,7 @@ class Job:
     # ---------------------------------------------------------------- D <= 256
 
     def fused(self) -> None:
-        dx, dy, dparams = self.needs_grad
+        dx, dy, _ = self.needs_grad
         self._sweep(self.x, self.y, self.pairs, self.dx if dx else None, loss=True)
         if dy:
             self._sweep(self.y, self.x, self.pairs.transposed(), self.dy, loss=False)
@@ -176,7 +177,7 @@ class Job:
         capability, slots = _device(rows.z.device.index)
         width = rows.z.shape[1]
         finish = rows.n <= FINISH_ROWS
-        tile = tile_for(capability, rows.z.element_size(), width, small=finish or self.has_ids)
+        tile = tile_for(capability, rows.z.element_size(), width, small=finish, has_ids=self.has_ids)
         plan = sweep_plan(rows.n, cols.n, rows.n_pad * width * 4, tile, slots)
         sums = self.stats.new_empty(plan.row_blocks * plan.splits if loss else 0, kernels.SUMS.value)
         in_place = plan.splits == 1 and not finish and grad is not None and width == rows.d and rows.n_pad == rows.n
@@ -281,5 +282,52 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) ->
         product_into(out, a.to(out.dtype), b.to(out.dtype), accumulate)
 
 
-def _check_inputs(*_: Any) -> None:
-    pass
+def _check_inputs(
+    x: Tensor,
+    y: Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    params: Tensor | None,
+    constants: list[float],
+    shift: int,
+    offset: int,
+    normalize: bool,
+    needs_grad: list[bool],
+) -> None:
+    """csrc/check_inputs.h, for where there is no C++; the same messages."""
+
+    def check(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+        if not condition:
+            raise error("pairwise_bce: " + message)
+
+    check(x.dim() == 2 and x.numel() > 0, f"x must be [M, D], got {list(x.shape)}")
+    types = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    check(x.dtype in types, f"x must be float32, float64, float16 or bfloat16, got {x.dtype}", TypeError)
+    m, d = x.shape
+    if y is not None:
+        fits = y.dim() == 2 and y.shape[0] > 0 and y.shape[1] == d
+        check(fits, f"y must be [K, {d}] like x, got {list(y.shape)}")
+        check(y.dtype == x.dtype, f"y must be {x.dtype} like x, got {y.dtype}", TypeError)
+        check(y.device == x.device, f"y must be on {x.device} like x, got {y.device}")
+    for name, ids, features in (("x_ids", x_ids, x), ("y_ids", y_ids, y)):
+        if ids is not None and features is not None:
+            check(ids.dtype == torch.int64, f"{name} must be int64, got {ids.dtype}", TypeError)
+            check(ids.shape == features.shape[:1], f"{name} must be [{features.shape[0]}], got {list(ids.shape)}")
+            check(ids.device == x.device, f"{name} must be on {x.device} like x, got {ids.device}")
+    needs_y_ids = y is not None and x_ids is not None
+    check((y_ids is not None) == needs_y_ids, "y_ids must be given with x_ids and y, and only then")
+    wrong = f"give six constants, or params and no constants; got {len(constants)}"
+    check(len(constants) == (6 if params is None else 0), f"{wrong} with{'out' if params is None else ''} params")
+    if params is not None:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        fits = params.shape == (6,) and params.dtype == dtype and params.device == x.device
+        got = f"{list(params.shape)}, {params.dtype}, on {params.device}"
+        check(fits, f"params must be [6], {dtype}, on {x.device}; got {got}")
+    check(0 <= shift < m, f"shift must be in [0, {m}), got {shift}")
+    check(y is not None or offset == 0, f"offset must be 0 without y, got {offset}")
+    check(offset >= 0, f"offset must be at least 0, got {offset}")
+    mutual = y is not None or x_ids is not None or shift * 2 % m == 0
+    check(mutual, f"without y and ids the positives must be mutual, shift 0 or M/2; got shift {shift} with M = {m}")
+    check(y is not None or not needs_grad[1], "there is no gradient for y = None")
+    linear = normalize or params is not None or constants[5] == 0
+    check(linear, f"the linear weight needs normalize, got {'' if linear else constants[5]} without")

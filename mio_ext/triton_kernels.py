@@ -446,7 +446,9 @@ def sweep_kernel(
         cols = col0 + tl.arange(0, BLOCK_N)
         y = tl.load(y_ptr + cols[:, None].to(tl.int64) * BLOCK_D + depth[None, :])
         col_inverse = tl.load(y_rows_ptr + cols)
-        s = matmul(x, tl.trans(y), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)  # (2), but for the norms, in float32
+        s = matmul(
+            x, tl.trans(y), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION
+        )  # (2), but for the norms, in float32
         if NORMALIZE:
             s = s * col_inverse[None, :]
         if HAS_IDS:
