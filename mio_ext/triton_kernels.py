@@ -367,7 +367,8 @@ def prepare_kernel(
             if HAS_PARAMS:
                 store_coef(
                     coef_ptr, tl.load(params_ptr), tl.load(params_ptr + 1), tl.load(params_ptr + 2),
-                    tl.load(params_ptr + 3), tl.load(params_ptr + 4), tl.load(params_ptr + 5), COEF_SCALE, GRADIENT_TIMES,
+                    tl.load(params_ptr + 3), tl.load(params_ptr + 4), tl.load(params_ptr + 5),
+                    COEF_SCALE, GRADIENT_TIMES,
                 )  # fmt: skip
             else:
                 store_coef(coef_ptr, a_p, a_n, b, w_p, w_n, w_l, COEF_SCALE, GRADIENT_TIMES)
@@ -430,9 +431,9 @@ def sweep_kernel(
     if HAS_IDS:
         row_ids = tl.load(x_ids_ptr + rows, mask=rows < m, other=0)
     else:
+        there = (positive_col >= 0) & (tl.program_id(1) == 0)  # of the column splits, the first has them
         pos, acc = positive_pairs(
-            x, inverse, half_norm, y_ptr, y_rows_ptr, k_pad, positive_col, (positive_col >= 0) & (tl.program_id(1) == 0),
-            scale_p, bias, grad_p, grad_l, pos, NORMALIZE,
+            x, inverse, half_norm, y_ptr, y_rows_ptr, k_pad, positive_col, there, scale_p, bias, grad_p, grad_l, pos, NORMALIZE,
         )  # fmt: skip
         if LOSS:  # stored at once: nothing of it stays in a register through the loop
             present = tl.where(rows < m, end - first, 0)
