@@ -433,7 +433,8 @@ def sweep_kernel(
     else:
         there = (positive_col >= 0) & (tl.program_id(1) == 0)  # of the column splits, the first has them
         pos, acc = positive_pairs(
-            x, inverse, half_norm, y_ptr, y_rows_ptr, k_pad, positive_col, there, scale_p, bias, grad_p, grad_l, pos, NORMALIZE,
+            x, inverse, half_norm, y_ptr, y_rows_ptr, k_pad, positive_col, there,
+            scale_p, bias, grad_p, grad_l, pos, NORMALIZE,
         )  # fmt: skip
         if LOSS:  # stored at once: nothing of it stays in a register through the loop
             present = tl.where(rows < m, end - first, 0)

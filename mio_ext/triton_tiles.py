@@ -36,7 +36,7 @@ TILES: dict[tuple[int, int, int], Tile] = {
     (100, 2, 256): Tile(64, 32, 8, 2),
     (100, 4, 64): Tile(64, 32, 4, 2),
     (100, 4, 128): Tile(64, 32, 4, 2),
-    (100, 4, 256): Tile(64, 32, 8, 2),
+    (100, 4, 256): Tile(32, 32, 8, 2),
 }
 
 #: Where a launch finishes everything: few rows, and the end of the kernel wants registers too. Same key.
@@ -58,7 +58,7 @@ SMALL_TILES: dict[tuple[int, int, int], Tile] = {
     (100, 2, 256): Tile(64, 32, 8, 2),
     (100, 4, 64): Tile(64, 32, 8, 2),
     (100, 4, 128): Tile(64, 32, 8, 2),
-    (100, 4, 256): Tile(64, 32, 8, 2),
+    (100, 4, 256): Tile(32, 32, 8, 2),
 }
 
 
