@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=150, help="of timing, over all shapes (compilation comes on top)"
     )
-    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--backend", default="triton")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print(

@@ -9,8 +9,11 @@ TORCH_LIBRARY(mio_ext, m) {
   // y: None means y = x; the gradient of both roles is then in dx.
   // x_ids, y_ids: int64 [M], [K]; equal ids are positive pairs. None: the positive column of row i is
   //     offset + (i + shift) mod M. y_ids is None where y is.
+  // shift, offset: in [0, M) and from 0 up; without y and ids positives must be mutual, so shift is 0 or
+  //     M/2, and offset is 0.
   // params: (a_p, a_n, b, w_p, w_n, w_l) as a tensor [6] of the loss's dtype on x's device, never
   //     read by the host; None: the same six numbers are in `constants`, which is empty otherwise.
+  //     A scale a that is not positive and finite makes the loss NaN. w_l must be 0 without normalize.
   // needs_grad: for x, y and params.
   //
   // loss, dparams [6]: float32, float64 for float64 inputs. dx [M, D], dy [K, D]: the same, so that a

@@ -3,6 +3,7 @@
 
 import importlib.util
 import platform
+import sys
 
 import torch
 
@@ -30,4 +31,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:  # MIO_CPU_ISA names what the machine cannot run
+        sys.exit(str(error))

@@ -2,18 +2,26 @@
 """The checks every loss makes before it runs, the same for all backends.
 
 A message names the op, the argument, what is expected and what came. Nothing here reads a value
-from a tensor: that would stall a GPU. A bad value in a tensor shows as NaN in the loss.
+from a tensor: that would stall a GPU. A bad temperature or scale in a tensor makes the loss NaN.
 """
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: A float, or a tensor of one element on the features' device.
+Number = float | Tensor
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the arithmetic, of the loss and of the op's gradients, for features of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_features(op: str, **features: Tensor) -> None:
@@ -24,6 +32,8 @@ def check_features(op: str, **features: Tensor) -> None:
             raise TypeError(f"{op}: {argument} must be a tensor, got {type(t).__name__}")
         if t.dim() != 2:
             raise ValueError(f"{op}: {argument} must be two-dimensional, [B, D], got {list(t.shape)}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{op}: {argument} must be a dense tensor, got {t.layout}")
         if t.dtype not in DTYPES:
             raise TypeError(f"{op}: {argument} must be float32, float64, bfloat16 or float16, got {t.dtype}")
     if first.shape[1] == 0:
@@ -34,8 +44,11 @@ def check_features(op: str, **features: Tensor) -> None:
         raise ValueError(f"{op}: {other_name} must be on {first.device} like {name}, got {other.device}")
 
 
-def check_number(op: str, name: str, value: float | Tensor, like: Tensor, *, positive: bool = False) -> None:
-    """A finite float (> 0 where ``positive``), or a floating tensor of one element on ``like``'s device."""
+def check_number(op: str, name: str, value: Number, like: Tensor, *, positive: bool = False) -> Number:
+    """A finite float (> 0 where ``positive``), or a floating tensor of one element on ``like``'s device.
+
+    Returns it ready for arithmetic: a float, or a 0-dim tensor of the loss's dtype.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{op}: {name} must be a float or a tensor of one element, got {list(value.shape)}")
@@ -43,12 +56,14 @@ def check_number(op: str, name: str, value: float | Tensor, like: Tensor, *, pos
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {value.dtype}")
         if value.device != like.device:
             raise ValueError(f"{op}: {name} must be on {like.device} like the features, got {value.device}")
-        return
+        return value.to(loss_dtype(like.dtype)).reshape(())
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a float or a tensor of one element, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons, for the compiler traces them where it cannot trace math.isfinite.
+    if not -sys.float_info.max <= value <= sys.float_info.max or (positive and value <= 0):
         kind = "positive and finite" if positive else "finite"
         raise ValueError(f"{op}: {name} must be {kind}, got {value}")
+    return value if torch.compiler.is_compiling() else float(value)
 
 
 def check_ids(op: str, name: str, ids: Tensor, rows: int, like: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, ops
-from .ops import Number
+from .checks import Number
 from .reference import PairStats
 
 
@@ -41,7 +41,8 @@ def mio_loss(
         bias: added to every logit; None is 0.
             Temperatures, regularizer and bias: a float, or a tensor of one element ([] or [1]), which gets its
             gradient if it requires one. A float is checked; a tensor's value is never read on the host,
-            so a bad one shows as NaN in the loss.
+            so a temperature that is not positive and finite shows as NaN in the loss. Under
+            ``torch.compile`` a float that changes compiles anew, a tensor does not.
         labels: integers [B]; supervised MIO, eq. (13) of :mod:`mio_ext.reference`: every two rows of
             one label are a positive pair, every other two a negative one, and both terms stay means.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
@@ -65,11 +66,10 @@ def mio_loss(
     if batch < 2:
         raise ValueError(f"{op}: z1 must have at least 2 rows, else there are no negatives, got {list(z1.shape)}")
     negative_temperature = temperature if negative_temperature is None else negative_temperature
-    bias = 0.0 if bias is None else bias
-    checks.check_number(op, "temperature", temperature, z1, positive=True)
-    checks.check_number(op, "negative_temperature", negative_temperature, z1, positive=True)
-    checks.check_number(op, "bias", bias, z1)
-    checks.check_number(op, "regularizer", regularizer, z1)
+    temperature = checks.check_number(op, "temperature", temperature, z1, positive=True)
+    negative_temperature = checks.check_number(op, "negative_temperature", negative_temperature, z1, positive=True)
+    bias = checks.check_number(op, "bias", 0.0 if bias is None else bias, z1)
+    regularizer = checks.check_number(op, "regularizer", regularizer, z1)
     n = 2 * batch
     weights: tuple[Number, Number, Number] = (1 / n, 1 / (n * (n - 2)), regularizer / (batch * dim))
     ids = None
@@ -99,7 +99,7 @@ def mio_loss(
 
 
 class MIOLoss(nn.Module):
-    """:func:`mio_loss` as a module; the arguments are those of the function."""
+    """:func:`mio_loss` as a module. An ``nn.Parameter`` given as a number is learnt with the module."""
 
     def __init__(
         self,
@@ -110,14 +110,13 @@ class MIOLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        # Plain assignment registers an nn.Parameter, so a learnable temperature is the module's own.
         self.temperature = temperature
         self.negative_temperature = negative_temperature
         self.regularizer = regularizer
         self.bias = bias
         self.backend = backend
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
         return mio_loss(  # type: ignore[return-value]
             z1,
             z2,
@@ -125,11 +124,15 @@ class MIOLoss(nn.Module):
             negative_temperature=self.negative_temperature,
             regularizer=self.regularizer,
             bias=self.bias,
+            labels=labels,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, regularizer={self.regularizer}, backend={self.backend!r}"
+        return (
+            f"temperature={self.temperature}, negative_temperature={self.negative_temperature}, "
+            f"regularizer={self.regularizer}, bias={self.bias}, backend={self.backend!r}"
+        )
 
 
 def siglip_loss(
@@ -160,8 +163,8 @@ def siglip_loss(
             M + text_offset ≤ K, unless ids say otherwise or there are no positives at all.
         logit_scale: already exponentiated; a float > 0 or a tensor of one element.
         logit_bias: a float or a tensor of one element; None is 0.
-            A tensor gets its gradient if it requires one; its value is never read on the host, so a
-            bad one shows as NaN in the loss.
+            A tensor gets its gradient if it requires one; its value is never read on the host, so a scale
+            that is not positive and finite shows as NaN in the loss.
         image_ids, text_ids: integers [M] and [K]; pairs of one id are positive (several captions of one
             image, the same caption twice). On the CPU an image without any text is an error.
         negative_only: no positive pairs: the texts of another rank, say.
@@ -187,9 +190,10 @@ def siglip_loss(
             f"{op}: text_features must be [K, D] with the D of image_features and no side empty, "
             f"got {list(image_features.shape)} and {list(text_features.shape)}"
         )
-    logit_bias = 0.0 if logit_bias is None else logit_bias
-    checks.check_number(op, "logit_scale", logit_scale, image_features, positive=True)
-    checks.check_number(op, "logit_bias", logit_bias, image_features)
+    logit_scale = checks.check_number(op, "logit_scale", logit_scale, image_features, positive=True)
+    logit_bias = checks.check_number(op, "logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
+    if isinstance(text_offset, bool) or not isinstance(text_offset, int | torch.SymInt):
+        raise TypeError(f"{op}: text_offset must be an int, got {type(text_offset).__name__}")
     if (image_ids is None) != (text_ids is None):
         raise ValueError(f"{op}: image_ids and text_ids must be given together")
     if image_ids is not None and text_ids is not None:

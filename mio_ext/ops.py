@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import Number, loss_dtype
 from .reference import PairStats
 
 extension: Any = None
@@ -25,13 +26,12 @@ try:
 except ImportError as error:
     _build_error = str(error)
 
-#: A float, or a tensor of one element on the features' device.
-Number = float | Tensor
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 #: What backend="auto" takes, by the type of the features' device; any other device: "reference".
-AUTO = {"cpu": "cpu", "cuda": "triton"}
+#: CUDA's row is due once a GPU has passed `make gpu-check`; until then Triton must be asked for.
+AUTO = {"cpu": "cpu"}
 
 
 def unavailable_reason(backend: str) -> str | None:
@@ -96,10 +96,16 @@ def pairwise_bce(
     """:func:`reference.pairwise_bce` on a backend; same arguments, same results.
 
     16-bit features are computed on in float32 and get 16-bit gradients; autocast changes nothing.
+    What csrc/ops.cpp asks of offset and shift holds for fused backends only.
+
+    Raises:
+        ValueError: a linear weight without ``normalize``: the fused gradient has no term for the norms.
     """
+    if not normalize and (isinstance(weights[2], Tensor) or weights[2] != 0):
+        raise ValueError("pairwise_bce: the linear weight needs normalize=True")
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return reference.pairwise_bce(
+            loss, stats = reference.pairwise_bce(
                 _at_least_float32(x),
                 None if y is None else _at_least_float32(y),
                 scale=scale,
@@ -112,8 +118,11 @@ def pairwise_bce(
                 exclude_self=exclude_self,
                 normalize=normalize,
             )
+        return loss.to(loss_dtype(x.dtype)), stats
     numbers = (*scale, bias, *weights)
-    params = _as_tensor(numbers, x) if any(isinstance(n, Tensor) for n in numbers) else None
+    # A compiled graph would be specialised on constants, and weights change with the batch size.
+    in_tensor = torch.compiler.is_compiling() or any(isinstance(n, Tensor) for n in numbers)
+    params = _as_tensor(numbers, x) if in_tensor else None
     constants = [] if params is not None else [float(n) for n in numbers]  # type: ignore[arg-type]
     # Inside forward() gradients are always off, so what is needed is decided out here.
     grad = torch.is_grad_enabled()
@@ -137,11 +146,6 @@ def _as_tensor(numbers: tuple[Number, ...], like: Tensor) -> Tensor:
             for n in numbers
         ]
     )
-
-
-def loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of the arithmetic, of the loss and of the op's gradients."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class PairwiseBCE(torch.autograd.Function):

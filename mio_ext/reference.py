@@ -171,7 +171,7 @@ def pairwise_bce(
     ``x_ids`` [M] and ``y_ids`` [K] are given: then every pair of equal ids is positive.
 
     Args:
-        scale: (a_p, a_n).
+        scale: (a_p, a_n), positive and finite, else the loss is NaN.
         weights: (w_p, w_n, w_l).
         normalize: apply eq. (1) to x and y first.
 
@@ -194,24 +194,34 @@ def pairwise_bce(
         positive = keep & (x_ids[:, None] == y_ids)
     negative = keep & ~positive
 
-    s = x @ y.T
-    logit_p, logit_n = (scale[0] * s + bias)[positive], (scale[1] * s + bias)[negative]  # (11)
-    loss_p, loss_n = softplus(-logit_p), softplus(logit_n)
-    distance = (x.square().sum(1)[:, None] + y.square().sum(1))[positive] / 2 - s[positive]
-    w_p, w_n, w_l = weights
-    loss = w_p * loss_p.sum() + w_n * loss_n.sum() + w_l * distance.sum()  # (12)
+    def over(pairs: Tensor, values: Tensor) -> Tensor:
+        return torch.where(pairs, values, 0).sum()
 
-    def mean(values: Tensor) -> Tensor:
-        return values.detach().double().mean()
+    s = x @ y.T
+    logit_p, logit_n = (_positive_or_nan(a) * s + bias for a in scale)  # (11)
+    loss_p, loss_n = softplus(-logit_p), softplus(logit_n)
+    distance = (x.square().sum(1)[:, None] + y.square().sum(1)) / 2 - s
+    w_p, w_n, w_l = weights
+    loss = w_p * over(positive, loss_p) + w_n * over(negative, loss_n) + w_l * over(positive, distance)  # (12)
+
+    def mean(pairs: Tensor, values: Tensor) -> Tensor:
+        return over(pairs, values.detach().double()) / pairs.sum()
 
     stats = PairStats(
         positive.sum().double(),
         negative.sum().double(),
-        mean(loss_p),
-        mean(loss_n),
-        mean(s[positive]),
-        mean(s[negative]),
-        mean(logit_p.sigmoid()),
-        mean(logit_n.sigmoid()),
+        mean(positive, loss_p),
+        mean(negative, loss_n),
+        mean(positive, s),
+        mean(negative, s),
+        mean(positive, logit_p.sigmoid()),
+        mean(negative, logit_n.sigmoid()),
     )
     return loss, stats
+
+
+def _positive_or_nan(scale: float | Tensor) -> float | Tensor:
+    """A scale that means nothing must not look as if it did."""
+    if isinstance(scale, Tensor):
+        return torch.where((scale > 0) & scale.isfinite(), scale, torch.nan)
+    return scale if 0 < scale < float("inf") else float("nan")

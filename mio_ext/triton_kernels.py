@@ -298,7 +298,10 @@ def store_coef(
     Scales of the positive and negative logit and bias, base 2; weights of σ on positive and negative
     pairs and the constant on positive ones, eq. (7)-(8), over ``unit``; unit; w_p, w_n, w_l. The unit is
     the largest weight, so 1/N² flushes nothing; COEF_SCALE lifts float16 further from its floor.
+    A scale that is not positive and finite becomes NaN, and the loss with it.
     """
+    a_p = tl.where((a_p > 0) & (a_p < float("inf")), a_p, float("nan"))
+    a_n = tl.where((a_n > 0) & (a_n < float("inf")), a_n, float("nan"))
     weight_p = w_p * a_p
     weight_n = w_n * a_n
     unit = tl.maximum(tl.abs(weight_p) + tl.abs(w_l), tl.abs(weight_n))

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 from conftest import TOLERANCE, assert_no_worse_than, relative_error, run_python, views
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import mio_ext
 from mio_ext import MIOLoss, mio_loss, reference
 
 # (B, D): the smallest, odd ones around every tile and vector width, the paper's batch, several blocks.
-SHAPES = [(2, 3), (2, 8), (3, 100), (17, 129), (31, 16), (64, 64), (128, 128), (257, 33), (700, 17), (2049, 129)]
-SHAPES += [(33, 1000)]
+SHAPES = [(2, 3), (2, 8), (3, 100), (17, 129), (31, 16), (64, 64), (128, 128), (257, 33), (700, 17), (33, 1000)]
 
 
 def both(z1, z2, backend, device, scale=1.0, **kwargs):
@@ -31,8 +31,6 @@ def both(z1, z2, backend, device, scale=1.0, **kwargs):
 
 @pytest.mark.parametrize("batch, dim", SHAPES)
 def test_loss_and_gradient(batch, dim, dtype, backend):
-    if batch > 1000 and dtype == torch.float64:
-        batch = 1025  # the reference is slow there
     z1, z2 = views(batch, dim, dtype)
     # grad_output is not 1: a backward that ignores it, or applies it twice, shows. Float16 gets a usual loss
     # scale, else its gradients are mostly subnormal numbers.
@@ -43,6 +41,14 @@ def test_loss_and_gradient(batch, dim, dtype, backend):
     loss_limit, grad_limit = TOLERANCE[dtype]
     assert_no_worse_than(loss, plain_loss, exact_loss, loss_limit)
     assert_no_worse_than(grad, plain_grad, exact_grad, grad_limit)
+
+
+@pytest.mark.parametrize("batch, dim", [(2049, 129), (2050, 260)])
+def test_many_blocks(batch, dim, backend):
+    """The two larger block sizes of the CPU kernel, and a ragged last one."""
+    (loss, grad), (plain_loss, plain_grad), (exact_loss, exact_grad) = both(*views(batch, dim), *backend)
+    assert_no_worse_than(loss, plain_loss, exact_loss, 1e-6)
+    assert_no_worse_than(grad, plain_grad, exact_grad, 1e-5)
 
 
 @pytest.mark.parametrize("batch", [2, 50])
@@ -85,11 +91,11 @@ def test_zero_row(backend):
 
 
 def test_norms_that_overflow_float32(backend):
-    """Rows of 1e25 and 1e-25 have norms whose squares float32 cannot hold."""
+    """Rows of 1e25 and 1e-11 have norms whose squares float32 cannot hold, or not well."""
     z1, z2 = views(20, 8)
     with torch.no_grad():
         z1[3] *= 1e25
-        z2[5] *= 1e-8
+        z2[5] *= 1e-11
     name, device = backend
     loss = mio_loss(z1.to(device), z2.to(device), backend=name)
     assert relative_error(loss, reference.mio_loss(z1.double(), z2.double())) < 1e-6
@@ -146,7 +152,7 @@ def test_gradcheck(backend):
 def test_labels(classes, backend, dtype):
     name, device = backend
     z1, z2 = views(150, 20, dtype, device)
-    labels = torch.randint(classes, (150,), generator=torch.Generator().manual_seed(1)).to(device)
+    labels = torch.randint(classes, (150,), generator=torch.Generator().manual_seed(1)).to(device, torch.int32)
     (loss, grad), (_, plain), (exact_loss, exact_grad) = both(z1, z2, name, device, scale=2.0**10, labels=labels)
     written_out = reference.mio_loss(z1.detach().double(), z2.detach().double(), labels=labels)
     assert relative_error(loss, written_out) < TOLERANCE[dtype][0]
@@ -263,8 +269,9 @@ def test_autocast_changes_nothing(name, backend):
     assert torch.equal(plain, cast)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("learnable", [False, True])
-def test_compiles_as_one_graph(learnable, backend):
+def test_compiles_as_one_graph(learnable, dynamic, backend):
     name, device = backend
     tau = torch.tensor(0.4, device=device, requires_grad=True) if learnable else 0.4
 
@@ -272,8 +279,10 @@ def test_compiles_as_one_graph(learnable, backend):
         loss, stats = mio_loss(z1 * 2, z2 + 1, temperature=tau, backend=name, return_stats=True)
         return loss * 3, stats.positive_cosine
 
-    compiled = torch.compile(step, fullgraph=True)
-    for batch in (24, 40, 56):  # the second size makes the shape dynamic
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=counter)
+    for batch in range(8, 56, 4):  # more sizes than PyTorch is willing to compile anew
         z1, z2 = views(batch, 10, device=device)
         inputs = [z1, z2] + ([tau] if learnable else [])
         expected, cosine = step(z1, z2)
@@ -284,6 +293,7 @@ def test_compiles_as_one_graph(learnable, backend):
         torch.testing.assert_close(compiled_cosine, cosine)
         for a, b in zip(grad, expected_grad, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert counter.frame_count <= 2
 
 
 def test_module(backend):
@@ -316,6 +326,7 @@ Z = torch.randn(4, 3)
         ((Z.cfloat(), Z.cfloat()), {}, TypeError, r"z1 must be float32.*got torch.complex64"),
         ((Z, Z.double()), {}, TypeError, r"z2 must be torch.float32 like z1, got torch.float64"),
         ((Z, Z.to("meta")), {}, ValueError, r"z2 must be on cpu like z1, got meta"),
+        ((Z.to_sparse(), Z), {}, TypeError, r"z1 must be a dense tensor, got torch.sparse_coo"),
         ((Z.numpy(), Z), {}, TypeError, r"z1 must be a tensor, got ndarray"),
         ((Z, Z), {"temperature": 0.0}, ValueError, r"temperature must be positive and finite, got 0.0"),
         ((Z, Z), {"temperature": -1}, ValueError, r"temperature must be positive and finite, got -1"),
@@ -344,23 +355,49 @@ def test_bad_input(args, kwargs, error, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_bad_temperature_in_a_tensor_shows_as_nan(backend):
-    name, device = backend
+@pytest.mark.parametrize("name", ["fused", "reference"])
+@pytest.mark.parametrize("bad", [math.nan, 0.0, -0.5, math.inf, -math.inf])
+def test_a_bad_temperature_in_a_tensor_shows_as_nan(bad, name, backend):
+    fused, device = backend
     z1, z2 = views(6, 4, device=device)
-    assert mio_loss(z1, z2, temperature=torch.tensor(math.nan, device=device), backend=name).isnan()
+    tau = torch.tensor(bad, device=device)
+    name = fused if name == "fused" else name
+    assert mio_loss(z1, z2, temperature=tau, backend=name).isnan()
+    assert mio_loss(z1, z2, negative_temperature=tau, backend=name).isnan()
+
+
+@pytest.mark.parametrize("name", ["fused", "reference"])
+@pytest.mark.parametrize("number_dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_numbers_of_another_dtype(number_dtype, name, backend):
+    """They are converted before anything is computed with them, and the loss keeps its dtype and shape."""
+    fused, device = backend
+    z1, z2 = views(700, 100, device=device)  # B·D beyond float16
+    numbers = {"temperature": 0.07, "bias": -1.0, "regularizer": 1.0}
+    numbers = {k: torch.tensor([v], dtype=number_dtype, device=device) for k, v in numbers.items()}
+    loss = mio_loss(z1, z2, backend=fused if name == "fused" else name, **numbers)
+    exact = reference.mio_loss(z1.double(), z2.double(), **{k: v.double() for k, v in numbers.items()})
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert relative_error(loss, exact) < 1e-6
 
 
 def test_memory_stays_linear():
     """N = 32,768, D = 128: under 160 MB more at the peak, where the logits alone would take 4.3 GB."""
     script = """
-import resource, torch, mio_ext
+import torch, mio_ext
+from pathlib import Path
+
+def peak():
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
 z1, z2 = torch.randn(16384, 128, requires_grad=True), torch.randn(16384, 128, requires_grad=True)
 small = torch.randn(64, 128, requires_grad=True)
 mio_ext.mio_loss(small, small * 2).backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; a child inherits its parent's
+before = peak()
 mio_ext.mio_loss(z1, z2).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
     result = run_python("-c", script)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) * 1024 < 160e6
+    assert 16e6 < int(result.stdout) < 160e6  # at least the gradients: the measurement works

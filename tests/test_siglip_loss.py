@@ -121,8 +121,8 @@ def test_drop_in_for_open_clip(shape, with_bias, chunk_size, backend):
         x, y = towers(48, 48, 32, device=device)
         scale, bias = numbers(12.0, -8.0, shape, device=device)
         inputs = [x, y, scale] + [bias] * with_bias
-        kwargs = {"image_features": x, "text_features": y, "logit_scale": scale, "output_dict": True}
-        value = loss(**kwargs, logit_bias=bias) if with_bias else loss(**kwargs)
+        logit_bias = bias if with_bias else None
+        value = loss(image_features=x, text_features=y, logit_scale=scale, logit_bias=logit_bias, output_dict=True)
         assert list(value) == ["contrastive_loss"]
         value = value["contrastive_loss"]
         assert value.shape == ()
@@ -211,8 +211,9 @@ def test_compiles_as_one_graph(backend):
     def step(x, y, scale, bias):
         return siglip_loss(F.normalize(x), F.normalize(y), scale.exp(), bias, backend=name)
 
+    torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True)
-    for batch in (24, 40, 56):
+    for batch in range(8, 56, 4):  # more sizes than PyTorch is willing to compile anew
         x, y = towers(batch, batch, 10, device=device)
         inputs = [x, y, *numbers(2.0, -5.0, (1,), device=device)]
         expected, loss = step(*inputs), compiled(*inputs)
@@ -258,6 +259,7 @@ IDS = torch.tensor([0, 1, 2, 3])
         ((X, X, torch.ones(4)), {}, ValueError, r"logit_scale must be .* one element, got \[4\]"),
         ((X, X, 10.0, math.nan), {}, ValueError, r"logit_bias must be finite, got nan"),
         ((X, X[:2], 10.0), {}, ValueError, r"text_offset must be in .* for 4 images and 2 texts, got 0"),
+        ((X, X, 10.0), {"text_offset": 1.5}, TypeError, r"text_offset must be an int, got float"),
         ((X, X, 10.0), {"text_offset": 1}, ValueError, r"text_offset must be in \[0, 0\].* got 1"),
         ((X, X, 10.0), {"image_ids": IDS}, ValueError, r"image_ids and text_ids must be given together"),
         ((X, X, 10.0), {"image_ids": IDS, "text_ids": IDS[:3]}, ValueError, r"text_ids must be \[4\].* got \[3\]"),
@@ -272,6 +274,15 @@ def test_bad_input(args, kwargs, error, message):
         siglip_loss(*args, **kwargs)
     assert str(caught.value).startswith("siglip_loss: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fused", "reference"])
+@pytest.mark.parametrize("bad", [math.nan, 0.0, -0.5, math.inf])
+def test_a_bad_scale_in_a_tensor_shows_as_nan(bad, name, backend):
+    fused, device = backend
+    x, y = towers(6, 6, 4, device=device)
+    loss = siglip_loss(x, y, torch.tensor(bad, device=device), backend=fused if name == "fused" else name)
+    assert loss.isnan()
 
 
 def test_several_processes_are_refused():

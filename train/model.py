@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
@@ -55,7 +57,7 @@ def build_model(channels: int, hidden: int, embedding: int) -> PretrainModel:
     return model.to(memory_format=torch.channels_last)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices and filters only; none on biases and batch norm (ndim <= 1)."""
     parameters = list(model.parameters())
     return [

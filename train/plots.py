@@ -5,33 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 from torch import Tensor
+
+from train.probes import PairCosines
 
 POSITIVE, NEGATIVE = "#0072b2", "#d55e00"  # distinct in print and for colour-blind readers
 INK = "#333333"
-
-
-class PairCosines(NamedTuple):
-    """Cosines of all positive pairs and all negative pairs of a set of views, 1-dim."""
-
-    positive: Tensor
-    negative: Tensor
-
-
-def pair_cosines(z1: Tensor, z2: Tensor) -> PairCosines:
-    """Positive pairs are (z1_i, z2_i), negative pairs all others; each unordered pair once."""
-    z = torch.nn.functional.normalize(torch.cat([z1, z2]).float(), dim=1)
-    cosine = z @ z.T
-    row, column = torch.triu_indices(len(z), len(z), offset=1)
-    positive = column - row == len(z1)
-    values = cosine[row, column]
-    return PairCosines(values[positive], values[~positive])
 
 
 def new_axes(figure: Figure, *position: int) -> Axes:
@@ -94,13 +80,14 @@ def plot_cosines(before: PairCosines, after: PairCosines, path: Path) -> None:
 def plot_embedding(features: Tensor, labels: Tensor, path: Path) -> None:
     """t-SNE of the test split's features, coloured by class."""
     centred = torch.nn.functional.normalize(features - features.mean(0), dim=1)
-    xy = TSNE(n_components=2, init="pca", perplexity=30, random_state=0).fit_transform(centred.numpy())
+    with threadpool_limits(1):  # as for the probes: too small to share
+        xy = TSNE(n_components=2, init="pca", perplexity=30, random_state=0).fit_transform(centred.numpy())
     figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for index, label in enumerate(labels.unique().tolist()):
         points = xy[(labels == label).numpy()]
         axes.scatter(points[:, 0], points[:, 1], s=16, color=f"C{index}", lw=0, label=str(label))
-    axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2", title="test split, features")
+    axes.set(xticks=[], yticks=[], title="t-SNE of the encoder's features, test split")
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.1)
+    axes.legend(title="class", frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.1)
     save(figure, path)

@@ -65,6 +65,9 @@ Outputs pairwise_bce_of(const Tensor& x, const std::optional<Tensor>& y, const s
   problem.normalize = normalize;
   double values[6];
   for (int i = 0; i < 6; ++i) values[i] = params ? (*params)[i].item<double>() : constants[i];
+  for (int i = 0; i < 2; ++i)
+    if (!(values[i] > 0 && values[i] < std::numeric_limits<double>::infinity()))
+      values[i] = std::numeric_limits<double>::quiet_NaN();
   problem.params = {values[0], values[1], values[2], values[3], values[4], values[5]};
   problem.dx = needs_grad[0] ? dx.mutable_data_ptr<T>() : nullptr;
   problem.dy = needs_grad[1] ? dy.mutable_data_ptr<T>() : nullptr;

@@ -13,6 +13,11 @@
 #include <thread>
 #include <vector>
 
+// GCC compiles parts of a file for other targets than the rest; clang ignores the pragma for that.
+#if defined(__x86_64__) && !defined(__clang__)
+#define MIO_X86_TARGETS
+#endif
+
 namespace mio_ext {
 namespace {
 
@@ -56,7 +61,7 @@ class Ranks {
 }  // namespace
 }  // namespace mio_ext
 
-#if defined(__x86_64__)
+#if defined(MIO_X86_TARGETS)
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,avx2")
@@ -88,7 +93,7 @@ namespace mio_ext {
 
 std::vector<std::string> cpu_instruction_sets() {
   std::vector<std::string> names;
-#if defined(__x86_64__)
+#if defined(MIO_X86_TARGETS)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw"))
     names.push_back("avx512");
@@ -119,7 +124,7 @@ std::string cpu_instruction_set() { return chosen(); }
 
 template <typename T>
 PairSums pairwise_bce_cpu(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel) {
-#if defined(__x86_64__)
+#if defined(MIO_X86_TARGETS)
   if (chosen() == "avx512") return avx512::run(problem, threads, parallel);
   if (chosen() == "avx2") return avx2::run(problem, threads, parallel);
 #endif

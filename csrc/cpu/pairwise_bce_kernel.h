@@ -483,8 +483,8 @@ class Pass {
       : in_(problem),
         symmetric_(problem.y == nullptr),
         params_(problem.params),
-        row_block_(block_size(problem.m)),
-        col_block_(block_size(symmetric_ ? problem.m : problem.k)) {
+        row_block_(block_size(problem.m, problem.d)),
+        col_block_(block_size(symmetric_ ? problem.m : problem.k, problem.d)) {
     const bool ids = problem.x_ids != nullptr;
     x_.allocate(in_.m, in_.d, row_block_, symmetric_, in_.dx != nullptr, ids);
     if (!symmetric_) y_.allocate(in_.k, in_.d, col_block_, true, in_.dy != nullptr, ids);
@@ -524,8 +524,15 @@ class Pass {
   }
 
  private:
-  // From the size alone, not from the number of threads. Multiples of every panel width.
-  static int64_t block_size(int64_t n) { return n <= 512 ? 32 : n <= 2048 ? 64 : 128; }
+  // From the size alone, so that the bits do not depend on the number of threads: enough blocks to keep
+  // threads busy, and large ones where the operands outgrow the last cache (measured, docs/performance.md).
+  static int64_t block_size(int64_t n, int64_t d) {
+    if (n <= 256) return 32;
+    if (n <= 512) return 64;
+    return n >= 4096 && n * d > (int64_t{1} << 20) ? 256 : 128;
+  }
+  static_assert(32 % kPanel<T> == 0 && kPanel<T> % MIO_MR == 0,
+                "blocks are whole panels, panels whole register blocks");
 
   static constexpr int64_t kFeatures = 128;
 

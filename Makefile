@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp')
+
+.PHONY: help pretrain test build lint format cpp package bench gpu-check clean
+
+help:
+	@echo "make pretrain   set up, build, and pre-train on the default data (ARGS='--epochs 5' adds options)"
+	@echo "make test       set up, build, and run the test suite"
+	@echo "make build      the set-up alone: $(VENV) and the extension in place"
+	@echo "make lint       ruff, clang-format and mypy        make format   let them mend what they can"
+	@echo "make cpp        the kernels as a C++ library, their C++ test and microbenchmark (CMake)"
+	@echo "make package    sdist and wheel, installed into an empty folder and imported"
+	@echo "make gpu-check  on a GPU, with the system's own packages: build, gpu tests, GPU benchmark (PYTHON=python3)"
+	@echo "make bench      the benchmark behind the README's table"
+
+# A changed pyproject.toml installs again.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mio_ext needs Python 3.11 or later; try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module; on Debian: apt-get install python3-venv python3-dev g++ make"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+build: $(VENV)/installed
+	@mkdir -p build
+	@$(BIN)/python setup.py --quiet build_ext > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
+
+pretrain: build
+	$(BIN)/python train/pretrain.py $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+cpp: $(VENV)/installed
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > build/cmake.log || { cat build/cmake.log; exit 1; }
+	$(BIN)/cmake --build build/cmake
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+package: build
+	rm -rf build/package && mkdir -p build/package
+	$(BIN)/python setup.py --quiet sdist --dist-dir build/package > build/package.log 2>&1 || { cat build/package.log; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target build/package/installed build/package/*.tar.gz
+	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -m mio_ext
+	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -c 'import mio_ext; assert "cpu" in mio_ext.available_backends()'
+
+bench: build
+	$(BIN)/python benchmarks/loss.py
+
+gpu-check:
+	$(PYTHON) setup.py --quiet build_ext
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) benchmarks/gpu_loss.py
+
+clean:
+	rm -rf build mio_ext/*.so

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds the losses: the report of `python -m mio_ext`, missing pieces, README and its figures."""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, relative_error, run_python, views
+
+import mio_ext
+
+README = (ROOT / "README.md").read_text()
+
+
+def without(module: str) -> str:
+    """Code that makes importing ``module`` fail as if it were not there."""
+    return f"import sys; sys.modules[{module!r}] = None\n"
+
+
+def test_report():
+    result = run_python("-m", "mio_ext")
+    assert result.returncode == 0, result.stderr
+    assert f"mio_ext {mio_ext.__version__}, torch {torch.__version__}" in result.stdout
+    assert re.search(r"CPU kernel: \w+ of .*portable; \d+ threads", result.stdout)
+    for backend in mio_ext.ops.BACKENDS:
+        assert re.search(rf"^  {backend} +\S", result.stdout, re.MULTILINE)
+    assert tuple(b for b in mio_ext.available_backends() if b in ("cpu", "reference")) == ("cpu", "reference")
+
+
+def test_without_the_extension():
+    script = without("mio_ext._C") + (
+        "import torch, mio_ext\n"
+        "z = torch.randn(4, 3)\n"
+        "print(mio_ext.mio_loss(z, z, backend='reference').item())\n"
+        "print(mio_ext.available_backends())\n"
+        "mio_ext.mio_loss(z, z)\n"
+    )
+    result = run_python("-c", script)
+    assert "cpu" not in result.stdout and "reference" in result.stdout
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("RuntimeError: mio_loss: backend 'cpu' cannot run: the extension is not built")
+    assert error.endswith("run: python setup.py build_ext")
+
+
+def test_needs_only_torch():
+    """The losses import neither Triton nor torchvision nor anything of the training script."""
+    missing = ("triton", "torchvision", "sklearn", "matplotlib", "tqdm", "open_clip", "transformers")
+    script = "".join(map(without, missing)) + (
+        "import torch, mio_ext\n"
+        "z = torch.randn(4, 3, requires_grad=True)\n"
+        "mio_ext.mio_loss(z, z * 2).backward()\n"
+        "print('fine', z.grad.shape)\n"
+    )
+    result = run_python("-c", script)
+    assert "fine" in result.stdout, result.stderr
+
+
+def test_readme_names_the_two_commands_first():
+    commands = re.findall(r"^    (make \w+|python \S+|pip \S+)", README, re.MULTILINE)
+    assert commands[:2] == ["make pretrain", "make test"]
+
+
+def test_readme_equivalence():
+    block = re.search(r"## Equivalence.*?```python\n(.*?)```", README, re.DOTALL)[1]
+    z1, z2 = views(7, 5, torch.float64)
+    index = torch.arange(14)
+    names = {
+        "torch": torch,
+        "F": F,
+        "z1": z1,
+        "z2": z2,
+        "B": 7,
+        "tau": 0.3,
+        "lam": 0.6,
+        # The diagonal of positives there is the upper one; by symmetry it stands for both.
+        "neither_self_nor_partner": (index[:, None] != index) & ((index[:, None] + 7) % 14 != index),
+    }
+    exec(block, names)
+    assert relative_error(mio_ext.mio_loss(z1, z2, temperature=0.3, regularizer=0.6), names["loss"]) < 1e-12
+
+
+def test_readme_figures_are_the_data():
+    result = run_python("benchmarks/report.py", "--check")
+    assert result.returncode == 0, result.stderr
+
+
+def test_readme_links_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target

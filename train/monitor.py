@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is watched during training: numbers per step, collapse, progress, a request to stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from tqdm import tqdm
+except ImportError:  # a progress bar is a comfort: without tqdm, plain lines
+    tqdm = None
+
+METRICS = ("loss", "positive_loss", "negative_loss", "positive_cosine", "negative_cosine", "spread")
+
+
+def spread(z: Tensor) -> Tensor:
+    """Standard deviation of the normalised embeddings over the batch, times sqrt(D): 1 when they fill
+    the sphere evenly, 0 when all are the same."""
+    return F.normalize(z.detach().float(), dim=1).std(0).mean() * math.sqrt(z.shape[1])
+
+
+class StepMetrics:
+    """The numbers of each step, kept on the device; ``read`` is the only point that waits for it."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+    def add(self, loss: Tensor, stats: Any, z: Tensor) -> None:
+        pairs = (stats.positive_loss, stats.negative_loss, stats.positive_cosine, stats.negative_cosine)
+        self.rows.append(torch.stack([value.detach().double() for value in (loss, *pairs, spread(z))]))
+
+    def read(self) -> Tensor:
+        """[steps since the last call, len(METRICS)] on the CPU."""
+        rows, self.rows = torch.stack(self.rows).cpu(), []
+        return rows
+
+
+def collapse_warning(metrics: dict[str, float]) -> str | None:
+    """A sentence if the embeddings have collapsed, from the means over one log interval."""
+    if metrics["spread"] < 0.1 or metrics["negative_cosine"] > 0.95:
+        return (
+            "collapse: all embeddings are nearly the same "
+            f"(spread {metrics['spread']:.3f}, mean negative cosine {metrics['negative_cosine']:.3f}); "
+            "try a lower --learning-rate or --regularizer, or a larger --batch-size"
+        )
+    return None
+
+
+class Progress:
+    """A bar with loss, images/s and time left on a terminal, plain lines elsewhere.
+
+    Progress goes to stderr on a terminal and to stdout as lines, like any other output of the script.
+    """
+
+    def __init__(self, total_images: int) -> None:
+        self.total, self.done, self.start = total_images, 0, time.perf_counter()
+        self.bar = None
+        if tqdm is not None and sys.stderr.isatty():
+            self.bar = tqdm(total=total_images, unit=" images", unit_scale=True, dynamic_ncols=True)
+
+    def advance(self, images: int) -> None:
+        self.done += images
+        if self.bar is not None:
+            self.bar.update(images)
+
+    @property
+    def rate(self) -> float:
+        """Images per second since the start; an image counts once, though it is seen as two views."""
+        return self.done / (time.perf_counter() - self.start)
+
+    def report(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix(epoch=epoch, loss=f"{metrics['loss']:.4f}", refresh=False)
+            return
+        print(
+            f"epoch {epoch:4d}  step {step:6d}  loss {metrics['loss']:.4f}  "
+            f"s+ {metrics['positive_cosine']:+.3f}  s- {metrics['negative_cosine']:+.3f}  "
+            f"spread {metrics['spread']:.2f}  {self.rate:6.0f} images/s  "
+            f"{(self.total - self.done) / self.rate:5.0f} s left",
+            flush=True,
+        )
+
+    def say(self, line: str) -> None:
+        """A line of text that does not tear the bar."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StopRequest:
+    """Turns the first Ctrl-C into a flag that the loop reads between steps; the second one acts at once.
+
+    Stopping in the middle of an optimizer step would save a model that never existed.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopRequest:
+        self.previous = signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self.previous)
