@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp')
 
-.PHONY: help pretrain test build lint format cpp package bench clean
+.PHONY: help pretrain test build lint format cpp package bench gpu-check clean
 
 help:
 	@echo "make pretrain   set up, build, and pre-train on the default data (ARGS='--epochs 5' adds options)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint       ruff, clang-format and mypy        make format   let them mend what they can"
 	@echo "make cpp        the kernels as a C++ library, their C++ test and microbenchmark (CMake)"
 	@echo "make package    sdist and wheel, installed into an empty folder and imported"
+	@echo "make gpu-check  on a GPU, with the system's own packages: build, gpu tests, GPU benchmark (PYTHON=python3)"
 	@echo "make bench      the benchmark behind the README's table"
 
 # A changed pyproject.toml installs again.
@@ -58,6 +59,11 @@ package: build
 
 bench: build
 	$(BIN)/python benchmarks/loss.py
+
+gpu-check:
+	$(PYTHON) setup.py --quiet build_ext
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) benchmarks/gpu_loss.py
 
 clean:
 	rm -rf build mio_ext/*.so

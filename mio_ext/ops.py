@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op ``mio_ext::pairwise_bce`` as Python sees it: backends, fake implementation, autograd.
 
-The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_pass.h.
+The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_pass.h. Its Triton twin
+``mio_ext::pairwise_bce_triton`` is registered here, so that it needs no C++ build; triton_backend.py
+holds it, and is imported when it is first called.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ except ImportError as error:
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 #: What backend="auto" takes, by the type of the features' device; any other device: "reference".
+#: CUDA's row is due once a GPU has passed `make gpu-check`; until then Triton must be asked for.
 AUTO = {"cpu": "cpu"}
 
 
@@ -33,9 +38,18 @@ def unavailable_reason(backend: str) -> str | None:
     """Why ``backend`` cannot run here, in one sentence; None if it can."""
     if backend == "cpu" and extension is None:
         return f"the extension is not built ({_build_error}); run: python setup.py build_ext"
-    if backend in ("cuda", "triton"):
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        return None if torch.cuda.is_available() or _interpreted() else "there is no CUDA GPU"
+    if backend == "cuda":
         return f"this version has no {backend} kernels yet"
     return None
+
+
+def _interpreted() -> bool:
+    """Triton kernels run on the CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available_backends() -> list[str]:
@@ -59,6 +73,8 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"{op}: backend 'cpu' needs features on the CPU, got {device}")
+    if backend == "triton" and device.type != "cuda" and not _interpreted():
+        raise ValueError(f"{op}: backend 'triton' needs features on a CUDA GPU, got {device}")
     return backend
 
 
@@ -112,7 +128,7 @@ def pairwise_bce(
     grad = torch.is_grad_enabled()
     needs_grad = [grad and t is not None and t.requires_grad for t in (x, y, params)]
     loss, stats = PairwiseBCE.apply(
-        x, y, params, x_ids, y_ids, constants, shift, offset, exclude_self, normalize, needs_grad
+        x, y, params, backend, x_ids, y_ids, constants, shift, offset, exclude_self, normalize, needs_grad
     )
     return loss, PairStats(*stats.unbind())
 
@@ -137,8 +153,9 @@ class PairwiseBCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor | None, params: Tensor | None, *config: Any) -> tuple[Tensor, Tensor]:
-        x_ids, y_ids, *rest = config
-        loss, stats, dx, dy, dparams = torch.ops.mio_ext.pairwise_bce(x, y, x_ids, y_ids, params, *rest)
+        backend, x_ids, y_ids, *rest = config
+        op = torch.ops.mio_ext.pairwise_bce_triton if backend == "triton" else torch.ops.mio_ext.pairwise_bce
+        loss, stats, dx, dy, dparams = op(x, y, x_ids, y_ids, params, *rest)
         ctx.save_for_backward(dx, dy, dparams)
         ctx.needs_grad = rest[-1]
         ctx.dtype = x.dtype
@@ -151,39 +168,60 @@ class PairwiseBCE(torch.autograd.Function):
             raise RuntimeError(
                 "pairwise_bce: a fused backend has no second derivative; pass backend='reference' for create_graph=True"
             )
-        # Rounded to 16 bits only after grad_output: a loss scale must be able to save small gradients.
+        # Rounded to 16 bits only after grad_output: a loss scale must be able to save small gradients. out=
+        # makes that one kernel launch.
         dx, dy, dparams = (
-            (g * grad_loss) if n else None for g, n in zip(ctx.saved_tensors, ctx.needs_grad, strict=True)
+            torch.mul(g, grad_loss, out=torch.empty_like(g, dtype=dtype)) if needed else None
+            for g, needed, dtype in zip(
+                ctx.saved_tensors, ctx.needs_grad, (ctx.dtype, ctx.dtype, grad_loss.dtype), strict=True
+            )
         )
-        dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
-        return dx, dy, dparams, *[None] * 8
+        return dx, dy, dparams, *[None] * 9
 
 
+def _fake(
+    x: Tensor,
+    y: Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    params: Tensor | None,
+    constants: list[float],
+    shift: int,
+    offset: int,
+    exclude_self: bool,
+    normalize: bool,
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = loss_dtype(x.dtype)
+
+    def wanted(needs: bool, shape: Any) -> Tensor:
+        return x.new_empty(shape if needs else (0,), dtype=dtype)
+
+    return (
+        wanted(True, ()),
+        x.new_empty(8, dtype=torch.float64),
+        wanted(needs_grad[0], x.shape),
+        wanted(needs_grad[1], (0,) if y is None else y.shape),
+        wanted(needs_grad[2], 6),
+    )
+
+
+def _run_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from . import triton_backend
+
+    return triton_backend.pairwise_bce(*args)
+
+
+#: The schema of csrc/ops.cpp, for ops that are registered from Python.
+SCHEMA = (
+    "(Tensor x, Tensor? y, Tensor? x_ids, Tensor? y_ids, Tensor? params, float[] constants, SymInt shift, "
+    "SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad) "
+    "-> (Tensor loss, Tensor stats, Tensor dx, Tensor dy, Tensor dparams)"
+)
+
+_library: Any = torch.library.Library("mio_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("pairwise_bce_triton" + SCHEMA)
+_library.impl("pairwise_bce_triton", _run_triton, "CPU" if _interpreted() else "CUDA")
+torch.library.register_fake("mio_ext::pairwise_bce_triton", _fake, lib=_library)
 if extension is not None:
-
-    @torch.library.register_fake("mio_ext::pairwise_bce")  # type: ignore[untyped-decorator]
-    def _(
-        x: Tensor,
-        y: Tensor | None,
-        x_ids: Tensor | None,
-        y_ids: Tensor | None,
-        params: Tensor | None,
-        constants: list[float],
-        shift: int,
-        offset: int,
-        exclude_self: bool,
-        normalize: bool,
-        needs_grad: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dtype = loss_dtype(x.dtype)
-
-        def wanted(needs: bool, shape: Any) -> Tensor:
-            return x.new_empty(shape if needs else (0,), dtype=dtype)
-
-        return (
-            wanted(True, ()),
-            x.new_empty(8, dtype=torch.float64),
-            wanted(needs_grad[0], x.shape),
-            wanted(needs_grad[1], (0,) if y is None else y.shape),
-            wanted(needs_grad[2], 6),
-        )
+    torch.library.register_fake("mio_ext::pairwise_bce", _fake)

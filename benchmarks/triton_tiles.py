@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tile is fastest on this GPU? Times candidates for every bucket and prints the table's lines.
+
+    python benchmarks/triton_tiles.py [--write]
+
+With --write the lines of this GPU's compute capability in mio_ext/triton_tiles.py are replaced. Candidates
+that spill, or want more shared memory than there is, do not take part. Check the result with
+benchmarks/triton_resources.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from triton_resources import Entry, compile_entry, faults  # noqa: E402
+
+from mio_ext import mio_loss, triton_backend, triton_tiles  # noqa: E402
+
+SIZES = {"TILES": 32_768, "SMALL_TILES": 256}  # rows
+
+
+def candidates(itemsize: int) -> list[triton_tiles.Tile]:
+    warps_of = {32: (4, 8), 64: (4, 8), 128: (8,)}
+    grid = itertools.product((32, 64, 128), (32, 64, 128), (2, 3, 4))
+    return [triton_tiles.Tile(m, n, w, stages) for m, n, stages in grid for w in warps_of[m]]
+
+
+def sound(capability: int, itemsize: int, width: int, tile: triton_tiles.Tile, finish: bool) -> bool:
+    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": width, "NORMALIZE": True}
+    constants |= {"HAS_IDS": False, "EXCLUDE_SELF": True, "TRANSPOSED": False, "GRAD": True, "LOSS": True}
+    constants |= {"DPARAMS": False, "FINISH": finish, "PRECISION": "tf32"}
+    dtype = "bf16" if itemsize == 2 else "fp32"
+    entry = Entry("sweep_kernel", capability, dtype, constants, tile.warps, tile.stages, "")
+    try:
+        return not faults(entry, compile_entry(entry))
+    except Exception as error:  # the compiler gives up in many ways: that tile is out
+        print(f"  {tile}: {type(error).__name__}")
+        return False
+
+
+def time_ms(rows: int, width: int, dtype: torch.dtype) -> float:
+    z = torch.randn(rows, width, device="cuda", dtype=dtype, requires_grad=True)
+    times = []
+    for repetition in range(25):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        mio_loss(z[: rows // 2], z[rows // 2 :], backend="triton").backward()
+        end.record()
+        torch.cuda.synchronize()
+        if repetition >= 5:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("triton_tiles: no CUDA GPU here", file=sys.stderr)
+        sys.exit(2)
+    torch.set_float32_matmul_precision("high")
+    major, minor = torch.cuda.get_device_capability()
+    capability = major * 10 + minor
+    path = ROOT / "mio_ext" / "triton_tiles.py"
+    text = path.read_text()
+    for (name, rows), itemsize, width in itertools.product(SIZES.items(), (2, 4), (64, 128, 256)):
+        best = None
+        for tile in candidates(itemsize):
+            if not sound(capability, itemsize, width, tile, finish=name == "SMALL_TILES"):
+                continue
+            triton_backend.tile_for = lambda *_, tile=tile, **__: tile
+            ms = time_ms(rows, width, torch.bfloat16 if itemsize == 2 else torch.float32)
+            best = min(best or (ms, tile), (ms, tile))
+        if best is None:
+            continue
+        line = f"({capability}, {itemsize}, {width}): Tile({', '.join(map(str, best[1]))}),"
+        print(f"{name}: {line}  # {best[0]:.3f} ms at N = {rows}", flush=True)
+        table = text.index(f"\n{name}: ")
+        pattern = re.compile(rf"\({capability}, {itemsize}, {width}\): Tile\([^)]*\),")
+        found = pattern.search(text, table)
+        if found:
+            text = text[: found.start()] + line + text[found.end() :]
+        else:
+            brace = text.index("{\n", table) + 2
+            text = f"{text[:brace]}    {line}\n{text[brace:]}"
+    if args.write:
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

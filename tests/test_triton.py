@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton backend without a GPU: its kernels in Triton's interpreter, its machine code ahead of time.
+
+The interpreter is chosen when Triton is imported, for a whole process. So these tests run in a process of
+their own, which test_in_the_interpreter starts: `pytest tests` needs no environment variable, and no other
+test sees an interpreted kernel. To run one by hand: TRITON_INTERPRET=1 pytest tests/test_triton.py -k name
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, run_python, views
+from test_mio_loss import both
+from test_pairwise_bce import FORMS, assert_matches_reference, features
+
+from mio_ext import mio_loss, ops
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in test_in_the_interpreter's process")
+plain = pytest.mark.skipif(INTERPRETED, reason="runs outside the interpreter")
+TRITON = ("triton", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def tf32():
+    """Lets float32 into the fused kernel. The interpreter has no TF32: products stay float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@plain
+@pytest.mark.parametrize("part", ["matches", "not matches"])
+def test_in_the_interpreter(part):
+    result = run_python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_triton.py"), "-k", part,
+        env={"TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert " passed" in result.stdout, result.stdout
+
+
+@plain
+def test_resources_of_every_large_tile():
+    """No spill, matrix instructions, two special functions a logit: see the script for all variants."""
+    result = run_python("benchmarks/triton_resources.py", "--quick")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@plain
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_why_it_cannot_run():
+    z = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="mio_loss: backend 'triton' cannot run: there is no CUDA GPU"):
+        mio_loss(z, z, backend="triton")
+
+
+@plain
+def test_triton_is_imported_only_when_asked_for():
+    code = "import sys, torch, mio_ext; mio_ext.mio_loss(torch.ones(2, 2), torch.ones(2, 2)); "
+    result = run_python("-c", code + "print(sorted(m for m in sys.modules if m.startswith('mio_ext.triton')))")
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@plain
+def test_schema_is_the_one_of_the_extension():
+    twin = str(torch.ops.mio_ext.pairwise_bce_triton.default._schema)
+    assert twin == str(torch.ops.mio_ext.pairwise_bce.default._schema).replace("pairwise_bce", "pairwise_bce_triton")
+
+
+@interpreted
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("m, k, d", [(1, 1, 1), (3, 7, 5), (65, 31, 32), (140, 200, 24), (20, 16, 300)])
+def test_matches_rows_against_columns(m, k, d, form):
+    kwargs = {**FORMS[form], "shift": min(m - 1, FORMS[form].get("shift", 0))}
+    assert_matches_reference(TRITON, *features(m, k, d, torch.float32), **kwargs)
+
+
+@interpreted
+@pytest.mark.parametrize("d", [33, 270])
+@pytest.mark.parametrize("form", ["diagonal", "normalised"])
+def test_matches_in_every_dtype(form, d, dtype):
+    assert_matches_reference(TRITON, *features(65, 31, d, dtype), **FORMS[form])
+
+
+@interpreted
+@pytest.mark.parametrize("m", [2, 3, 34])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_matches_rows_against_themselves(m, exclude_self):
+    x, _ = features(m, 1, 20, torch.float32)
+    assert_matches_reference(TRITON, x, None, shift=m // 2 if m % 2 == 0 else 0, exclude_self=exclude_self)
+
+
+@interpreted
+@pytest.mark.parametrize("m, k, d", [(3, 7, 5), (65, 31, 32), (20, 40, 300)])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_matches_with_ids(m, k, d, exclude_self):
+    x, y = features(m, k, d, torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    x_ids, y_ids = (torch.randint(-4, 5, (n,), generator=generator) * 2**33 for n in (m, k))
+    assert_matches_reference(TRITON, x, y, x_ids=x_ids, y_ids=y_ids, exclude_self=exclude_self, offset=1)
+    assert_matches_reference(TRITON, x, None, x_ids=x_ids, exclude_self=exclude_self)
+
+
+@interpreted
+@pytest.mark.parametrize("batch, dim", [(2, 3), (17, 129), (100, 40), (33, 300)])
+def test_mio_loss(batch, dim, dtype):
+    z1, z2 = views(batch, dim, dtype)
+    scale = 3 * 2.0**12 if dtype == torch.float16 else 3.0
+    (loss, grad), (plain_loss, plain_grad), (exact_loss, exact_grad) = both(z1, z2, *TRITON, scale=scale)
+    assert grad.dtype == dtype
+    loss_limit, grad_limit = TOLERANCE[dtype]
+    assert_no_worse_than(loss, plain_loss, exact_loss, loss_limit)
+    assert_no_worse_than(grad, plain_grad, exact_grad, grad_limit)
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("scale, bias", [(100.0, -10.0), (1.0, -10.0), (1.0, 50.0)])
+def test_extreme_logits(scale, bias, precision):
+    torch.set_float32_matmul_precision(precision)
+    x, y = (torch.nn.functional.normalize(t) for t in features(50, 40, 64, torch.float32))
+    y[:40] = torch.nn.functional.normalize(y[:40] + 2 * x[:40])
+    weights = (1 / 50, 1 / 50, 0.0)
+    assert_matches_reference(TRITON, x, y, scale=(scale, scale), bias=bias, weights=weights)
+
+
+@interpreted
+@pytest.mark.parametrize("norm", [1e-4, 1.0, 3e4])
+@pytest.mark.parametrize("d", [20, 260])
+def test_float16_rows_of_any_norm(norm, d):
+    """1/‖z‖ in float16 would overflow, or flush: prepare_kernel takes the power of two out first."""
+    x, y = (torch.nn.functional.normalize(t.float()) * norm for t in features(40, 40, d, torch.float32))
+    (loss, grads), (exact_loss, exact_grads) = (
+        _run(backend, x.half(), y.half(), dtype) for backend, dtype in (("triton", None), ("reference", torch.float64))
+    )
+    assert relative_error(loss, exact_loss) < 1e-6
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        assert relative_error(grad, exact) < 2e-3
+
+
+def _run(backend, x, y, dtype):
+    """The op's float32 gradients: at a norm of 1e-4 float16 could not hold them."""
+    numbers = [5.0, 4.0, -0.5, 0.1, 0.01, 0.0]
+    if backend == "triton":
+        op = torch.ops.mio_ext.pairwise_bce_triton
+        loss, _, dx, dy, _ = op(x, y, None, None, None, numbers, 0, 0, False, True, [True, True, False])
+        return loss, (dx, dy)
+    x, y = (t.to(dtype).requires_grad_() for t in (x, y))
+    loss, _ = ops.pairwise_bce(
+        x, y, scale=(5.0, 4.0), bias=-0.5, weights=(0.1, 0.01, 0.0), normalize=True, backend=backend
+    )
+    return loss, torch.autograd.grad(loss, (x, y))
+
+
+@interpreted
+@pytest.mark.parametrize("d", [20, 260])
+def test_zero_rows_get_no_gradient_and_nan_shows(d):
+    z1, z2 = (z.detach() for z in views(20, d))
+    z1[3], z2[0] = 0, 1e-14
+    for z in (z1, z2):
+        z.requires_grad_()
+    (_, grad), _, (_, exact) = both(z1, z2, *TRITON)
+    assert grad[3].abs().max() == 0 and grad[20].abs().max() == 0
+    assert relative_error(grad, exact) < 1e-5
+    with torch.no_grad():
+        z1[5, 1] = torch.nan
+    assert mio_loss(z1, z2, backend="triton").isnan()
+
+
+@interpreted
+@pytest.mark.parametrize("d", [10, 260])
+@pytest.mark.parametrize("needs", [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 1, 1]])
+def test_makes_only_the_gradients_asked_for(needs, d):
+    x, y = features(30, 25, d, torch.float32)
+    numbers = [5.0, 4.0, -0.5, 0.5, 0.02, 0.3]
+    args = (x, y, None, None, torch.tensor(numbers), [], 0, 0, False, True, [bool(n) for n in needs])
+    actual = torch.ops.mio_ext.pairwise_bce_triton(*args)
+    exact = torch.ops.mio_ext.pairwise_bce(*args)
+    for a, e in zip(actual, exact, strict=True):
+        assert a.shape == e.shape
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("d", [10, 260])
+@pytest.mark.parametrize("bad", [float("nan"), 0.0, -0.5, float("inf")])
+def test_a_bad_temperature_in_a_tensor_shows_as_nan(bad, d):
+    z1, z2 = views(6, d)
+    assert mio_loss(z1, z2, temperature=torch.tensor(bad), backend="triton").isnan()
+    assert mio_loss(z1, z2, negative_temperature=torch.tensor(bad), backend="triton").isnan()
+
+
+@interpreted
+def test_rows_that_are_not_contiguous():
+    z1 = views(20, 24)[0].detach()
+    spread = torch.zeros(20, 48)
+    spread[:, ::2] = z1
+    args = (None, None, None, None, [1.0, 2.0, 0.0, 0.1, 0.1, 0.1], 0, 0, False, True, [True, False, False])
+    for odd in (spread[:, ::2], z1.T.contiguous().T):
+        for a, e in zip(
+            torch.ops.mio_ext.pairwise_bce_triton(odd, *args),
+            torch.ops.mio_ext.pairwise_bce_triton(z1, *args),
+            strict=True,
+        ):
+            assert torch.equal(a, e)
+
+
+@interpreted
+def test_same_bits_whatever_the_order_of_arrival(monkeypatch):
+    from mio_ext import triton_backend
+
+    z1, z2 = views(70, 20)
+    first, second = (both(z1, z2, *TRITON)[0] for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    plans = []
+    for splits in (1, 2, 5):
+        plan = lambda m, k, size, tile, slots, splits=splits: triton_backend.Plan(  # noqa: E731
+            -(-m // tile.block_m), splits, -(-k // tile.block_n // splits)
+        )
+        monkeypatch.setattr(triton_backend, "sweep_plan", plan)
+        plans.append(both(z1, z2, *TRITON)[0])
+    for loss, grad in plans:
+        assert relative_error(loss, first[0]) < 1e-6 and relative_error(grad, first[1]) < 1e-5
+
+
+@interpreted
+def test_large_batches_finish_in_a_second_launch(monkeypatch):
+    from mio_ext import triton_backend
+
+    monkeypatch.setattr(triton_backend, "FINISH_ROWS", 0)
+    for batch in (64, 70):  # in place, and not
+        (loss, grad), (plain_loss, plain_grad), (exact_loss, exact_grad) = both(*views(batch, 32), *TRITON)
+        assert_no_worse_than(loss, plain_loss, exact_loss, 1e-6)
+        assert_no_worse_than(grad, plain_grad, exact_grad, 1e-5)
+
+
+@interpreted
+def test_several_chunks(monkeypatch):
+    from mio_ext import triton_backend
+
+    monkeypatch.setattr(triton_backend, "CHUNK_BYTES", 1)
+    assert_matches_reference(TRITON, *features(140, 20, 260, torch.float32), normalize=True)
+
+
+@interpreted
+def test_mio_step_takes_at_most_four_launches(monkeypatch):
+    """cat, prepare, sweep; backward scales and rounds in one more."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launches = []
+    run = InterpretedFunction.run
+    monkeypatch.setattr(
+        InterpretedFunction, "run", lambda self, *a, **k: (launches.append(self), run(self, *a, **k))[1]
+    )
+    mio_loss(*views(128, 128, torch.bfloat16), backend="triton").backward()
+    assert len([f for f in launches if f.__name__.endswith("_kernel")]) == 2
+
+
+def test_every_split_of_columns_covers_them_once():
+    pytest.importorskip("triton")
+    from mio_ext.triton_backend import sweep_plan
+    from mio_ext.triton_tiles import Tile
+
+    for m in (1, 256, 1000, 16384, 65536, 10**6):
+        for k in (1, 31, 256, 4097, 65536):
+            tile = Tile(128, 64, 8, 3)
+            plan = sweep_plan(m, k, m * 512, tile, 132)
+            tiles = -(-k // 64)
+            assert plan.row_blocks == -(-m // 128)
+            assert (plan.splits - 1) * plan.tiles_per_split < tiles <= plan.splits * plan.tiles_per_split
+            assert plan.splits == 1 or plan.splits * m * 512 <= 16 * 2**20
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore")
+def test_traces_without_a_graph_break():
+    z1, z2 = views(8, 12)
+    expected = torch.autograd.grad(mio_loss(z1, z2, backend="triton"), [z1, z2])
+    compiled = torch.compile(mio_loss, fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(z1, z2, backend="triton"), [z1, z2])
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
