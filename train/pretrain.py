@@ -82,12 +82,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between log lines")
     run.add_argument("--save-every", type=int, default=10, metavar="EPOCHS", help="epochs between checkpoints")
     schedule = parser.add_argument_group("optimisation")
-    schedule.add_argument("--epochs", type=int, default=30)
+    schedule.add_argument("--epochs", type=int, default=30, help="passes over the train split")
     schedule.add_argument("--batch-size", type=int, default=256, help="images per step; each gives two views")
     schedule.add_argument("--limit-steps", type=int, help="stop after this many steps (for smoke tests)")
     schedule.add_argument("--learning-rate", type=float, default=0.5, help="peak, after the warm-up")
     schedule.add_argument("--warmup-epochs", type=float, default=2.0, help="linear warm-up, then cosine to 0")
-    schedule.add_argument("--momentum", type=float, default=0.9)
+    schedule.add_argument("--momentum", type=float, default=0.9, help="of SGD")
     schedule.add_argument("--weight-decay", type=float, default=5e-4, help="not on biases and batch norm")
     schedule.add_argument(
         "--precision",
