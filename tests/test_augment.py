@@ -18,10 +18,7 @@ from train.augment import Preprocess, ViewParameters, ViewRanges, apply_paramete
 
 
 def neutral(n: int) -> ViewParameters:
-    zero, one = torch.zeros(n), torch.ones(n)
-    return ViewParameters(
-        window=torch.ones(n, 2), center=torch.zeros(n, 2), rotation=zero, shear=zero, gain=one, gamma=one
-    )
+    return ViewParameters(window=torch.ones(n, 2), center=torch.zeros(n, 2))
 
 
 def random_images(n: int, channels: int = 1, size: int = 8) -> torch.Tensor:
@@ -78,16 +75,48 @@ def test_a_window_is_torchvisions_resized_crop():
     torch.testing.assert_close(view[..., inner, inner], expected[..., inner, inner], rtol=0, atol=1e-5)
 
 
-def test_intensity_is_gamma_then_gain():
-    images = random_images(2)
-    parameters = neutral(2)._replace(gain=torch.tensor([0.5, 3.0]), gamma=torch.tensor([2.0, 1.0]))
-    views = apply_parameters(images, parameters, 8)
-    torch.testing.assert_close(views[0], 0.5 * images[0].square(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(views[1], (3 * images[1]).clamp(max=1), rtol=0, atol=1e-5)
+COLOUR = {  # step -> torchvision's function of one image and one number, the numbers of four images
+    "brightness": (reference.adjust_brightness, [0.2, 0.9, 1.0, 1.7]),
+    "contrast": (reference.adjust_contrast, [0.2, 0.9, 1.0, 1.7]),
+    "saturation": (reference.adjust_saturation, [0.0, 0.9, 1.0, 1.7]),
+    "hue": (reference.adjust_hue, [-0.5, -0.1, 0.0, 0.3]),
+    "gamma": (reference.adjust_gamma, [0.5, 1.0, 1.3, 2.0]),
+    "blur": (lambda image, sigma: reference.gaussian_blur(image, [5, 5], [sigma, sigma]), [0.1, 0.5, 1.0, 2.0]),
+    "grayscale": (lambda image, on: reference.rgb_to_grayscale(image, 3) if on else image, [0, 1, 0, 1]),
+    "solarize": (lambda image, on: reference.solarize(image, 0.5) if on else image, [0, 1, 0, 1]),
+    "flip": (lambda image, sign: reference.hflip(image) if sign < 0 else image, [1, -1, 1, -1]),
+}
+
+
+@pytest.mark.parametrize("step", COLOUR)
+def test_a_step_is_torchvisions_function(step):
+    """Each image of the batch with its own number; gray and saturated pixels are among them."""
+    function, numbers = COLOUR[step]
+    images = random_images(4, channels=3, size=40)
+    images[:, :, :8] = images[:, :1, :8]  # gray
+    images[:, 0, 8:12], images[:, 1, 8:12], images[:, 2, 12:16] = 1.0, 0.0, 0.0
+    if step == "gamma":  # whose slope at 0 is infinite: rounding errors of the interpolation would show
+        images = images.clamp(min=0.01)
+    parameters = neutral(4)._replace(**{step: torch.tensor(numbers, dtype=torch.float32)})
+    views = apply_parameters(images, parameters, 40)
+    for view, image, number in zip(views, images, numbers, strict=True):
+        torch.testing.assert_close(view, function(image, number), rtol=0, atol=2e-5)
+    assert (views - images).abs().amax((1, 2, 3)).max() > 0.1, "the step did nothing"
+
+
+def test_the_steps_come_in_simclrs_order():
+    """Crop, flip, jitter, gray, blur, solarize."""
+    images = random_images(1, channels=3, size=40)
+    values = {"brightness": 1.3, "contrast": 0.7, "saturation": 1.4, "hue": 0.1, "blur": 0.8, "solarize": 1.0}
+    parameters = neutral(1)._replace(**{name: torch.tensor([value]) for name, value in values.items()})
+    expected = images[0]
+    for name, value in values.items():
+        expected = COLOUR[name][0](expected, value)
+    torch.testing.assert_close(apply_parameters(images, parameters, 40)[0], expected, rtol=0, atol=1e-4)
 
 
 def test_every_sample_has_its_own_parameters_within_the_ranges():
-    ranges = ViewRanges(area=(0.4, 1.2), aspect=1.5, rotation=20, shear=10, gain=0.3, gamma=2)
+    ranges = ViewRanges((0.4, 1.2), 1.5, 0.5, 20, 10, 2, 0.8, 0.3, 0.4, 0.2, 0.1, 0.2, 0.5, 0.3)
     parameters = draw_parameters(4000, ranges, torch.Generator().manual_seed(0))
     window = parameters.window.double()
     drawn = {  # what was drawn, and the interval it must fill
@@ -95,21 +124,55 @@ def test_every_sample_has_its_own_parameters_within_the_ranges():
         "aspect": ((window[:, 0] / window[:, 1]).log(), -math.log(1.5), math.log(1.5)),
         "rotation": (parameters.rotation, -20, 20),
         "shear": (parameters.shear, -10, 10),
-        "gain": (parameters.gain, 0.7, 1.3),
         "gamma": (parameters.gamma.log(), -math.log(2), math.log(2)),
+        "brightness": (parameters.brightness, 0.7, 1.3),
+        "contrast": (parameters.contrast, 0.6, 1.4),
+        "saturation": (parameters.saturation, 0.8, 1.2),
+        "hue": (parameters.hue, -0.1, 0.1),
     }
     for name, (values, low, high) in drawn.items():
-        assert values.unique().numel() > 3900, f"{name} is shared between samples"
+        assert values.unique().numel() > 3000, f"{name} is shared between samples"
         slack = 1e-5 * (high - low)
         assert low - slack <= values.min() <= low + 0.01 * (high - low), name
         assert high - 0.01 * (high - low) <= values.max() <= high + slack, name
+    jittered = [parameters.brightness != 1, parameters.contrast != 1, parameters.saturation != 1, parameters.hue != 0]
+    assert torch.stack(jittered).double().std(0).max() == 0, "all of an image's colour is jittered, or none"
+    shares = {"jitter": jittered[0], "flip": parameters.flip < 0, "gray": parameters.grayscale == 1}
+    shares |= {"blur": parameters.blur > 0, "solarize": parameters.solarize == 1}
+    for (name, values), expected in zip(shares.items(), (0.8, 0.5, 0.2, 0.5, 0.3), strict=True):
+        assert abs(values.double().mean() - expected) < 0.03, name  # four standard errors
     # A crop smaller than the image stays inside it.
     edge = parameters.center.abs() + parameters.window
     assert edge[parameters.window <= 1].max() <= 1 + 1e-6
-
-    columns = torch.stack([values.double() for values, *_ in drawn.values()])
+    columns = torch.stack([values.double() for values, *_ in drawn.values()][:5])
     correlation = columns.corrcoef() - torch.eye(len(columns))
     assert correlation.abs().max() < 0.08, "parameters of one sample depend on each other"
+
+
+def test_crops_follow_torchvisions_random_resized_crop():
+    """Area and aspect of the accepted tries: means within four standard errors of torchvision's own draws."""
+    torch.manual_seed(0)
+    image = torch.zeros(3, 1000, 1000)
+    crop = torchvision.transforms.RandomResizedCrop
+    boxes = torch.tensor([crop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]).double()
+    ours = draw_parameters(4000, ViewRanges(), torch.Generator().manual_seed(0)).window.double()
+    for expected, actual in [
+        (boxes[:, 2] * boxes[:, 3] / 1e6, ours.prod(1)),
+        ((boxes[:, 3] / boxes[:, 2]).log(), (ours[:, 0] / ours[:, 1]).log()),
+    ]:
+        error = (expected.var() / 4000 + actual.var() / 4000).sqrt()
+        assert abs(expected.mean() - actual.mean()) < 4 * error
+        assert abs(expected.std() / actual.std() - 1) < 0.06
+    assert ours.max() <= 1
+
+
+def test_views_compile_to_one_graph():
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ranges = ViewRanges(blur=0.5, solarize=0.5, rotation=10, gamma=1.2)
+    preprocess = Preprocess(torch.full((3,), 0.5), torch.full((3,), 0.25), 16, ranges)
+    parameters = preprocess.draw(8, torch.Generator().manual_seed(0))
+    compiled = torch.compile(preprocess.augment, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, parameters), preprocess.augment(images, parameters))
 
 
 def test_views_differ_between_copies_and_repeat_with_the_seed():

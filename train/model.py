@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbone (torchvision ResNet with a stem for small images) and projector."""
+"""Backbone (torchvision ResNet, with a stem for small images on request) and projector."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+import torchvision
 from torch import Tensor, nn
-from torchvision.models import resnet18
+
+SMALL_IMAGE = 64  #: pixels up to which stem "auto" keeps the resolution
 
 
 class Projector(nn.Sequential):
-    """Two layers, batch norm after each, no biases: batch norm would cancel them."""
+    """Linear layers with batch norm after each, ReLU between; no biases: batch norm would cancel them."""
 
-    def __init__(self, features: int, hidden: int, embedding: int) -> None:
-        super().__init__(
-            nn.Linear(features, hidden, bias=False),
-            nn.BatchNorm1d(hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, embedding, bias=False),
-            nn.BatchNorm1d(embedding),
-        )
+    def __init__(self, features: int, widths: Sequence[int]) -> None:
+        layers: list[nn.Module] = []
+        for width in widths:
+            if layers:
+                layers.append(nn.ReLU(inplace=True))
+            layers += [nn.Linear(features, width, bias=False), nn.BatchNorm1d(width)]
+            features = width
+        super().__init__(*layers)
 
 
 class PretrainModel(nn.Module):
@@ -35,32 +37,34 @@ class PretrainModel(nn.Module):
         return self.projector(self.backbone(images))
 
 
-def build_backbone(channels: int) -> tuple[nn.Module, int]:
-    """ResNet-18 for small images and its feature width.
+def build_backbone(name: str, channels: int, stem: str, stem_padding: bool = True) -> tuple[nn.Module, int]:
+    """A torchvision ResNet without its classifier ``fc``, and its feature width.
 
-    The 3x3 stem of stride 1 (padding 1) without max-pool keeps the resolution that the 7x7 stem would
-    divide by four. Keys of the state dict stay torchvision's; the classifier ``fc`` is gone.
+    Keys of the state dict stay torchvision's. ``stem`` "3x3" (stride 1, no max-pool) keeps the resolution
+    that the "7x7" one divides by four.
     """
-    backbone = resnet18(weights=None)
+    backbone = torchvision.models.get_model(name, weights=None)
     features = backbone.fc.in_features
-    backbone.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
+    if stem == "3x3":
+        backbone.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=int(stem_padding), bias=False)
+        backbone.maxpool = nn.Identity()
+    elif channels != 3:
+        backbone.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
-    backbone.maxpool = nn.Identity()
     backbone.fc = nn.Identity()
     return backbone, features
 
 
-def build_model(channels: int, hidden: int, embedding: int) -> PretrainModel:
+def resolve_stem(stem: str, image_size: int) -> str:
+    if stem != "auto":
+        return stem
+    return "3x3" if image_size <= SMALL_IMAGE else "7x7"
+
+
+def build_model(
+    name: str, channels: int, stem: str, projector: Sequence[int], stem_padding: bool = True
+) -> PretrainModel:
     """Backbone and projector in channels_last, which is faster or as fast on every device we measured."""
-    backbone, features = build_backbone(channels)
-    model = PretrainModel(backbone, Projector(features, hidden, embedding))
+    backbone, features = build_backbone(name, channels, stem, stem_padding)
+    model = PretrainModel(backbone, Projector(features, projector))
     return model.to(memory_format=torch.channels_last)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices and filters only; none on biases and batch norm (ndim <= 1)."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]

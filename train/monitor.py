@@ -61,11 +61,11 @@ class Progress:
     Progress goes to stderr on a terminal and to stdout as lines, like any other output of the script.
     """
 
-    def __init__(self, total_images: int) -> None:
-        self.total, self.done, self.start = total_images, 0, time.perf_counter()
+    def __init__(self, total_images: int, done: int = 0) -> None:
+        self.total, self.first, self.done, self.start = total_images, done, done, time.perf_counter()
         self.bar = None
         if tqdm is not None and sys.stderr.isatty():
-            self.bar = tqdm(total=total_images, unit=" images", unit_scale=True, dynamic_ncols=True)
+            self.bar = tqdm(total=total_images, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True)
 
     def advance(self, images: int) -> None:
         self.done += images
@@ -75,7 +75,7 @@ class Progress:
     @property
     def rate(self) -> float:
         """Images per second since the start; an image counts once, though it is seen as two views."""
-        return self.done / (time.perf_counter() - self.start)
+        return (self.done - self.first) / (time.perf_counter() - self.start)
 
     def report(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         if self.bar is not None:
@@ -105,21 +105,26 @@ class Progress:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C into a flag that the loop reads between steps; the second one acts at once.
+    """Turns the first Ctrl-C or SIGTERM into a number that the loop reads between steps; a second one acts
+    at once.
 
     Stopping in the middle of an optimizer step would save a model that never existed.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = 0  #: number of the signal
 
     def __enter__(self) -> StopRequest:
-        self.previous = signal.signal(signal.SIGINT, self.handle)
+        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self.previous)
+        self.requested = signum
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self.previous)
+        self.restore()

@@ -1,241 +1,291 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
-"""Self-supervised pre-training of a ResNet-18 with the fused MIO loss (arXiv 2111.12664).
+"""Self-supervised pre-training of a ResNet with the fused MIO loss (arXiv 2111.12664).
 
     python train/pretrain.py
+    python train/pretrain.py --data folder:photos --epochs 100 --output runs/photos
 
-Without arguments: scikit-learn's handwritten digits, CPU or GPU, about two minutes on two cores, then a
+Without arguments: scikit-learn's handwritten digits, CPU or GPU, a minute or two on two cores, then a
 linear probe and k-NN on the held-out test split. Labels are used by the evaluation only, and the test
 split is scored once, after the last epoch.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
-import platform
+import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # so that the script runs without an installed mio_ext
 
-REQUIRED = {"torch": "torch", "torchvision": "torchvision", "sklearn": "scikit-learn"}
+REQUIRED = {"torch": "torch", "torchvision": "torchvision", "sklearn": "scikit-learn", "safetensors": "safetensors"}
 if missing := [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]:
     print(f"pretrain.py: {', '.join(missing)} missing: pip install {' '.join(missing)}", file=sys.stderr)
     sys.exit(2)
 
-import sklearn
+import numpy as np
 import torch
-import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
-import mio_ext
 from train.augment import Preprocess, ViewRanges
-from train.data import ImageData, load_digits
-from train.model import PretrainModel, build_model, parameter_groups
+from train.config import Config, check_same, load_config, parse_arguments
+from train.data import ImageData, load_data, prefetch
+from train.device import check_loss_backend, choose_device, is_out_of_memory, use_bfloat16, versions
+from train.export import export_encoder
+from train.model import PretrainModel, build_model, resolve_stem
 from train.monitor import METRICS, Progress, StepMetrics, StopRequest, collapse_warning
-from train.probes import Features, PairCosines, evaluate, extract_features, format_table, pair_cosines
+from train.objective import Objective
+from train.optimizer import build_optimizer, learning_rate
+from train.probes import (
+    Features,
+    PairCosines,
+    evaluate,
+    extract_features,
+    format_table,
+    knn_accuracy,
+    pair_cosines,
+    rankme,
+)
 from train.run_folder import (
     CHECKPOINT,
+    CONFIG,
     COSINE_PLOT,
     EMBEDDING_PLOT,
-    LOG,
+    ENCODER,
     LOSS_PLOT,
     RESULTS,
-    JsonLinesLog,
+    RunLog,
     UserError,
     create_run_folder,
+    load_checkpoint,
     save_checkpoint,
     write_atomically,
 )
 
-BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+DESCRIPTION = (
+    "Self-supervised pre-training of a ResNet with the fused MIO loss, then a linear probe and k-NN on held-out data. "
+    "Later ones win: the defaults in brackets, what presets/datasets.toml says of the data set, --preset, "
+    "--config, the command line."
+)
+KNN_BANK = 10_000  #: training images that an online k-NN looks its neighbours up in
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line instead of the whole usage."""
+class Setup(NamedTuple):
+    """What is built once from the options."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
+    device: torch.device
+    data: ImageData
+    model: PretrainModel
+    objective: Objective
+    preprocess: Preprocess
+    bfloat16: bool
+    architecture: dict[str, Any]  #: what it takes to use the encoder elsewhere
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="pretrain.py",
-        description="Self-supervised pre-training of a ResNet-18 with the fused MIO loss, then a linear "
-        "probe and k-NN on held-out data.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def set_up(config: Config) -> Setup:
+    device = choose_device(config.device)
+    check_loss_backend(config.loss_backend, device)
+    data = load_data(config.data, root=Path(config.data_root), download=config.download, image_size=config.image_size)
+    if config.knn_every and data.train is None:
+        raise UserError(f"--knn-every {config.knn_every}: {config.data} has no labels; pass --knn-every 0")
+    data = data.subset(config.subset).to(device)
+    if config.batch_size > len(data.pretrain):
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.pretrain)} training images")
+    mean, std = data.mean_std()
+    size = config.image_size or data.size
+    stem = resolve_stem(config.stem, size)
+    torch.manual_seed(config.seed)
+    model = build_model(config.backbone, data.channels, stem, config.projector, config.stem_padding).to(device)
+    ranges = ViewRanges(**{f.name: getattr(config, f.name) for f in fields(ViewRanges)})
+    architecture = {
+        "backbone": config.backbone,
+        "channels": data.channels,
+        "stem": stem,
+        "stem_padding": config.stem_padding,
+        "image_size": size,
+        "mean": mean.flatten().tolist(),
+        "std": std.flatten().tolist(),
+    }
+    return Setup(
+        device,
+        data,
+        model,
+        Objective(config).to(device),
+        Preprocess(mean, std, size, ranges),
+        use_bfloat16(config.precision, device),
+        architecture,
     )
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", help="run folder; None: runs/digits-<date>-<time>")
-    run.add_argument("--overwrite", action="store_true", help="write into an --output that is not empty")
-    run.add_argument("--seed", type=int, default=0, help="same seed, same machine: same result on CPU")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    run.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between log lines")
-    run.add_argument("--save-every", type=int, default=10, metavar="EPOCHS", help="epochs between checkpoints")
-    schedule = parser.add_argument_group("optimisation")
-    schedule.add_argument("--epochs", type=int, default=30, help="passes over the train split")
-    schedule.add_argument("--batch-size", type=int, default=256, help="images per step; each gives two views")
-    schedule.add_argument("--limit-steps", type=int, help="stop after this many steps (for smoke tests)")
-    schedule.add_argument("--learning-rate", type=float, default=0.5, help="peak, after the warm-up")
-    schedule.add_argument("--warmup-epochs", type=float, default=2.0, help="linear warm-up, then cosine to 0")
-    schedule.add_argument("--momentum", type=float, default=0.9, help="of SGD")
-    schedule.add_argument("--weight-decay", type=float, default=5e-4, help="not on biases and batch norm")
-    schedule.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="auto: bfloat16 autocast on CUDA and on CPUs with bfloat16 instructions",
-    )
-    loss = parser.add_argument_group("loss")
-    loss.add_argument("--loss-backend", choices=BACKENDS, default="auto", help="what computes the MIO loss")
-    loss.add_argument("--temperature", type=float, default=0.5, help="tau of positive and negative pairs")
-    loss.add_argument("--regularizer", type=float, default=1.0, help="lambda, weight of the squared distance")
-    model = parser.add_argument_group("model and views")
-    model.add_argument("--image-size", type=int, default=8, help="pixels per side that the network sees")
-    model.add_argument("--hidden", type=int, default=512, help="width of the projector's hidden layer")
-    model.add_argument("--embedding", type=int, default=128, help="width of the embedding in the loss")
-    args = parser.parse_args(argv)
-    check_arguments(args)
-    return args
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Ranges that argparse does not know; NaN fails every comparison, so it is refused too."""
-    least = {"epochs": 1, "batch_size": 2, "limit_steps": 1, "log_every": 1, "save_every": 1, "seed": 0}
-    # Below 8 pixels the ResNet puts a 3x3 filter of stride 2 on a 1x1 map, whose weight gradient in
-    # bfloat16 on the CPU holds uninitialised memory (seen in torch 2.14.1).
-    least |= {"image_size": 8, "hidden": 1, "embedding": 1, "warmup_epochs": 0, "weight_decay": 0}
-    least |= {"momentum": 0, "regularizer": 0}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-    for name in ("learning_rate", "temperature"):
-        value = getattr(args, name)
-        if not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
+def generator_for(device: torch.device, *key: int) -> torch.Generator:
+    """Random numbers of one epoch or step. They depend on the key alone, so a resumed run draws the same."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"--device {name}: torch sees {count} CUDA device(s); pass --device cpu")
-    return device
+def random_batches(n: int, batch_size: int, seed: int, start: int, stop: int, device: torch.device) -> Iterator[Tensor]:
+    """Indices of steps ``start`` to ``stop`` - 1, shuffled on the device; the incomplete last batch of an epoch
+    is dropped, because the number of negatives is part of the loss."""
+    per_epoch = n // batch_size
+    permutation = None
+    for step in range(start, stop):
+        epoch, i = divmod(step, per_epoch)
+        if permutation is None or i == 0:
+            permutation = torch.randperm(n, generator=generator_for(device, seed, 0, epoch), device=device)
+        yield permutation[i * batch_size : (i + 1) * batch_size]
 
 
-def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """auto: where the hardware multiplies bfloat16; emulation is slower than float32."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, hence the getattr
-    return supported is not None and supported()
+class Trainer:
+    """The state of a run between two steps, and how it is saved."""
+
+    def __init__(self, config: Config, setup: Setup, folder: Path, log: RunLog) -> None:
+        self.config, self.setup, self.folder, self.log = config, setup, folder, log
+        self.parameters = nn.ModuleList([setup.model, setup.objective])
+        self.optimizer = build_optimizer(self.parameters, config)
+        self.steps_per_epoch = len(setup.data.pretrain) // config.batch_size
+        self.total = config.epochs * self.steps_per_epoch
+        self.step = 0
+        self.metrics = StepMetrics()
+        self.forward = setup.model.forward
+
+    def compile(self) -> None:
+        """Compile network and views; a compiler that does not work costs a warning, not the run."""
+        on = self.config.compile == "on" or (self.config.compile == "auto" and self.setup.device.type == "cuda")
+        if not on:
+            return
+        self.forward = torch.compile(self.setup.model)
+        self.setup.preprocess.compile()
+        try:
+            with torch.random.fork_rng():
+                self.loss_of(self.batch_of(0), 0)  # runs the compiler; batch norm's statistics are put back
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            if self.config.compile == "on":
+                raise UserError(f"--compile on: {str(error).splitlines()[0]}") from error
+            print(f"warning: not compiled: {str(error).splitlines()[0]}", file=sys.stderr)
+            self.forward = self.setup.model.forward
+            self.setup.preprocess.function = self.setup.preprocess.augment
+
+    def batch_of(self, step: int) -> Tensor:
+        """The images of one step, [B, C, H, W] uint8 on the device."""
+        return next(self.batches(step, step + 1))
+
+    def batches(self, start: int, stop: int) -> Iterator[Tensor]:
+        images, config = self.setup.data.pretrain, self.config
+        indices = random_batches(len(images), config.batch_size, config.seed, start, stop, images.device)
+        return prefetch(images, indices, self.setup.device)
+
+    def loss_of(self, images: Tensor, step: int) -> tuple[Tensor, Any, Tensor]:
+        """(loss, pair statistics, embeddings [2B, D]) of images [B, C, H, W] uint8."""
+        device, preprocess = self.setup.device, self.setup.preprocess
+        parameters = preprocess.draw(2 * len(images), generator_for(device, self.config.seed, 1, step))
+        views = preprocess.function(images.repeat(2, 1, 1, 1), parameters)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.setup.bfloat16):
+            if self.config.forward == "fused":
+                z = self.forward(views)  # batch norm sees 2B images
+            else:
+                z = torch.cat([self.forward(view) for view in views.chunk(2)])
+        z = z.float()
+        return *self.setup.objective(*z.chunk(2)), z
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "backbone": self.setup.model.backbone.state_dict(),
+            "projector": self.setup.model.projector.state_dict(),
+            "objective": self.setup.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "images": len(self.setup.data.pretrain),
+            "config": asdict(self.config),
+            "architecture": self.setup.architecture,
+        }
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["images"] != (n := len(self.setup.data.pretrain)):
+            raise UserError(f"the run was started on {checkpoint['images']} images, and {self.config.data} has {n} now")
+        self.setup.model.backbone.load_state_dict(checkpoint["backbone"], strict=True)
+        self.setup.model.projector.load_state_dict(checkpoint["projector"], strict=True)
+        self.setup.objective.load_state_dict(checkpoint["objective"], strict=True)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step = checkpoint["step"]
+
+    def train(self) -> None:
+        """From the current step to the last; saves on the way, on Ctrl-C and on SIGTERM."""
+        config = self.config
+        last = min(self.total, config.limit_steps or self.total)
+        schedule = (config.schedule_epochs or config.epochs) * self.steps_per_epoch
+        warmup = config.warmup_epochs * self.steps_per_epoch
+        self.setup.model.train()
+        with StopRequest() as stop, Progress(last * config.batch_size, self.step * config.batch_size) as progress:
+            for images in self.batches(self.step, last):
+                rate = learning_rate(self.step, schedule, warmup, config.learning_rate)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                loss, stats, z = self.loss_of(images, self.step)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                self.step += 1
+
+                self.metrics.add(loss, stats, z)
+                progress.advance(len(images))
+                save = self.step % (config.save_every * self.steps_per_epoch) == 0 or self.step == last
+                if self.step % config.log_every == 0 or save or stop.requested:
+                    epoch = math.ceil(self.step / self.steps_per_epoch)
+                    report(self.metrics, epoch, self.step, rate, z, progress, self.log)
+                if save or stop.requested:  # after the report, which stops at a loss that is not finite
+                    save_checkpoint(self.folder / CHECKPOINT, self.state())
+                self.online_knn(progress)
+                if stop.requested:
+                    raise Interrupted(stop.requested, f"checkpoint of step {self.step} saved in {self.folder}")
+
+    def online_knn(self, progress: Progress) -> None:
+        """k-NN every few epochs: a tenth of the train split's images, looked up in the others."""
+        split, every = self.setup.data.train, self.config.knn_every
+        every = 10 if every is None else every
+        if split is None or every == 0 or self.step % (every * self.steps_per_epoch):
+            return
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: KNN_BANK * 10 // 9]
+        rows = extract_features(
+            self.setup.model.backbone,
+            split.images[order.to(split.images.device)],
+            self.setup.preprocess.plain,
+            self.setup.device,
+            self.setup.bfloat16,
+        )
+        labels, held_out = split.labels.cpu()[order], max(len(order) // 10, 1)
+        accuracy = 100 * knn_accuracy(Features(rows[held_out:], labels[held_out:], rows[:held_out], labels[:held_out]))
+        self.log.write("knn", epoch=self.step // self.steps_per_epoch, step=self.step, accuracy=accuracy)
+        progress.say(f"k-NN on held-out training images: {accuracy:.1f} %")
 
 
-def check_loss_backend(backend: str, device: torch.device) -> None:
-    """Find out on four numbers, before anything is set up or written."""
-    z = torch.eye(2, device=device)
-    try:
-        mio_ext.mio_loss(z, z, backend=backend)
-    except (RuntimeError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--loss-backend {backend}: {reason} (--loss-backend reference runs everywhere)") from error
-
-
-def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
-    """Linear warm-up, then half a cosine that reaches 0 after the last step."""
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-
-
-def random_batches(n: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of all steps, shuffled on the device; the incomplete last batch of an epoch is dropped,
-    because the number of negatives is part of the loss."""
-    for _ in range(epochs):
-        permutation = torch.randperm(n, generator=generator, device=generator.device)
-        yield from permutation[: n - n % batch_size].split(batch_size)
-
-
-def train(
-    args: argparse.Namespace,
-    model: PretrainModel,
-    images: Tensor,
-    preprocess: Preprocess,
-    generator: torch.Generator,
-    log: JsonLinesLog,
-    folder: Path,
-) -> list[dict[str, Any]]:
-    """Pre-train on ``images`` [n, C, H, W]; returns the logged intervals."""
-    steps_per_epoch = len(images) // args.batch_size
-    total, warmup = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
-    last = min(total, args.limit_steps or total)
-    optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=0.0, momentum=args.momentum)
-    bfloat16 = use_bfloat16(args.precision, images.device)
-    metrics, history = StepMetrics(), []
-    model.train()
-    with StopRequest() as stop, Progress(last * args.batch_size) as progress:
-        batches = random_batches(len(images), args.batch_size, args.epochs, generator)
-        for step, batch in enumerate(islice(batches, last), start=1):
-            lr = learning_rate(step - 1, total, warmup, args.learning_rate)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-            views = preprocess.views(images[batch].repeat(2, 1, 1, 1), generator)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
-                z = model(views).float()  # both views in one forward: batch norm sees 2B images
-            loss, stats = mio_ext.mio_loss(
-                *z.chunk(2),
-                temperature=args.temperature,
-                regularizer=args.regularizer,
-                backend=args.loss_backend,
-                return_stats=True,
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-            metrics.add(loss, stats, z)
-            progress.advance(args.batch_size)
-            epoch = math.ceil(step / steps_per_epoch)
-            if step % args.log_every == 0 or step == last:
-                history.append(report(metrics, epoch, step, lr, progress, log))
-            if step % (args.save_every * steps_per_epoch) == 0 or step == last or stop.requested:
-                save_checkpoint(folder / CHECKPOINT, model, optimizer, step, vars(args))
-            if stop.requested:
-                raise KeyboardInterrupt(f"checkpoint of step {step} saved in {folder}")
-    return history
+class Interrupted(Exception):
+    """A signal ended the run; (its number, what was saved)."""
 
 
 def report(
-    metrics: StepMetrics, epoch: int, step: int, lr: float, progress: Progress, log: JsonLinesLog
+    metrics: StepMetrics, epoch: int, step: int, lr: float, z: Tensor, progress: Progress, log: RunLog
 ) -> dict[str, Any]:
     """Read the metrics of one interval and log their means; stop the run where the loss is not finite."""
     rows = metrics.read()
     finite = rows[:, METRICS.index("loss")].isfinite()
     if not finite.all():
         first = step - len(rows) + 1 + int(finite.logical_not().nonzero()[0])
-        raise UserError(f"the loss is not finite at step {first}: try a lower --learning-rate")
+        raise UserError(f"the loss is not finite at step {first}: try a lower --learning-rate; log in {log.file.name}")
     means = dict(zip(METRICS, rows.mean(0).tolist(), strict=True))
-    entry = {"epoch": epoch, "step": step, "lr": lr, **means, "images_per_second": progress.rate}
+    # Eq. (6) at one temperature: a lower bound of the Jensen-Shannon divergence of the two kinds of pairs.
+    information = math.log(2) - (means["positive_loss"] + means["negative_loss"]) / 2
+    entry = {"epoch": epoch, "step": step, "lr": lr, **means, "js_estimate": information}
+    entry |= {"rankme": float(rankme(z.detach())), "images_per_second": progress.rate}
     log.write("train", **entry)
     progress.report(epoch, step, means)
     if warning := collapse_warning(means):
@@ -248,34 +298,30 @@ class Snapshot(NamedTuple):
     """What is compared before and after training, all with batch norm in eval mode."""
 
     features: Features  #: of the backbone, before the projector
-    cosines: PairCosines  #: of the embeddings of two views of every test image
+    cosines: PairCosines  #: of the embeddings of two views of test images
 
 
-def take_snapshot(model: PretrainModel, data: ImageData, preprocess: Preprocess) -> Snapshot:
-    device = data.test.images.device
-    generator = torch.Generator(device).manual_seed(0)  # the same views before and after
-    views = [preprocess.views(data.test.images, generator) for _ in range(2)]
-    train, test = (extract_features(model.backbone, preprocess.plain(s.images)) for s in (data.train, data.test))
+def take_snapshot(setup: Setup) -> Snapshot:
+    """Needs labels. The views are the same before and after."""
+    data, model, preprocess = setup.data, setup.model, setup.preprocess
+    assert data.train is not None and data.test is not None
+    generator = torch.Generator(setup.device).manual_seed(0)
+    train, test = (
+        extract_features(model.backbone, s.images, preprocess.plain, setup.device, setup.bfloat16)
+        for s in (data.train, data.test)
+    )
+    images = data.test.images[:1000]
+    z1, z2 = (extract_features(model, images, lambda x: preprocess.views(x, generator), setup.device) for _ in range(2))
     return Snapshot(
         Features(train, data.train.labels.cpu(), test, data.test.labels.cpu()),
-        pair_cosines(*(extract_features(model, view) for view in views)),
+        pair_cosines(z1, z2),
     )
 
 
 def raw_pixels(data: ImageData) -> Features:
+    assert data.train is not None and data.test is not None
     train, test = ((s.images.flatten(1).float().cpu() / 255, s.labels.cpu()) for s in (data.train, data.test))
     return Features(*train, *test)
-
-
-def versions(device: torch.device) -> dict[str, Any]:
-    """What a number in this log depends on beside the configuration."""
-    cuda = device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (mio_ext, torch, torchvision, sklearn)},
-        "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def save_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot, folder: Path) -> None:
@@ -286,45 +332,78 @@ def save_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot,
         return
     plots.plot_loss(history, folder / LOSS_PLOT)
     plots.plot_cosines(before.cosines, after.cosines, folder / COSINE_PLOT)
-    plots.plot_embedding(after.features.test, after.features.test_labels, folder / EMBEDDING_PLOT)
+    plots.plot_embedding(after.features.test[:2000], after.features.test_labels[:2000], folder / EMBEDDING_PLOT)
+
+
+def open_run(config: Config, setup: Setup) -> tuple[Path, dict[str, Any] | None]:
+    """(the run folder, the checkpoint to go on from)."""
+    if config.resume is not None:
+        folder = Path(config.output or config.resume)
+        if config.resume != "auto" or (folder / CHECKPOINT).exists():
+            check_same(load_config(folder), config, folder)
+            return folder, load_checkpoint(folder / CHECKPOINT)
+    overwrite = config.overwrite or config.resume == "auto"
+    folder = create_run_folder(config.output, setup.data.name, overwrite)
+    write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_toml(), encoding="utf-8"))
+    return folder, None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    device = choose_device(args.device)
-    check_loss_backend(args.loss_backend, device)
-    data = load_digits().to(device)
-    if args.batch_size > len(data.train):
-        raise UserError(f"--batch-size {args.batch_size} is more than the {len(data.train)} training images")
+    config, args = parse_arguments(argv, "pretrain.py", DESCRIPTION)
+    if args.print_config:
+        print(config.to_toml(), end="")
+        return
+    setup = set_up(config)
+    if args.dry_run:
+        dry_run(config, setup)
+        return
+    folder, checkpoint = open_run(config, setup)
+    log = RunLog(folder, None if checkpoint is None else checkpoint["step"])
+    event = "start" if checkpoint is None else "resume"
+    log.write(event, command=shlex.join(["python", *sys.argv]), config=asdict(config), versions=versions(setup.device))
+    n = len(setup.data.pretrain)
+    print(f"{setup.data.name}: {n} training images on {setup.device}, run folder {folder}", flush=True)
 
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)  # of batches and views
-    model = build_model(data.channels, args.hidden, args.embedding).to(device)
-    preprocess = Preprocess(*data.mean_std(), args.image_size, ViewRanges())
-
-    folder = create_run_folder(args.output, data.name, args.overwrite)
-    log = JsonLinesLog(folder / LOG)
-    log.write("start", command=shlex.join(["python", *sys.argv]), config=vars(args), versions=versions(device))
-    print(f"{data.name}: {len(data.train)} training images on {device}, run folder {folder}", flush=True)
-
-    before = take_snapshot(model, data, preprocess)
+    scored = config.evaluate and setup.data.train is not None
+    before = take_snapshot(setup) if scored else None
+    trainer = Trainer(config, setup, folder, log)
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+        print(f"going on after step {trainer.step} of {trainer.total}", flush=True)
+    trainer.compile()
     start, cpu_start = time.perf_counter(), time.process_time()
-    history = train(args, model, data.train.images, preprocess, generator, log, folder)
+    trainer.train()
     times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
-    after = take_snapshot(model, data, preprocess)
+    export_encoder(setup.model.backbone, setup.architecture, folder / ENCODER)
+    if before is not None:
+        finish(config, setup, folder, log, before, times)
+    log.close()
+    print(f"trained in {times['seconds']:.0f} s; encoder, log, checkpoint and results are in {folder}")
 
+
+def dry_run(config: Config, setup: Setup) -> None:
+    """One step, to see that everything fits and works; nothing is written."""
+    trainer = Trainer(config, setup, Path(os.devnull), None)  # type: ignore[arg-type]
+    loss, _, _ = trainer.loss_of(trainer.batch_of(0), 0)
+    loss.backward()
+    print(f"dry run: {len(setup.data.pretrain)} images, {trainer.total} steps, first loss {loss.item():.4f}")
+
+
+def finish(config: Config, setup: Setup, folder: Path, log: RunLog, before: Snapshot, times: dict[str, float]) -> None:
+    """Score the encoder beside raw pixels and itself untrained, and draw the plots."""
+    after = take_snapshot(setup)
     rows = {
-        "raw pixels": evaluate(raw_pixels(data)),
+        "raw pixels": evaluate(raw_pixels(setup.data)),
         "untrained encoder": evaluate(before.features),
         "pre-trained encoder": evaluate(after.features),
     }
     log.write("results", rows=rows, **times)
-    results = json.dumps({"rows": rows, **times, "config": vars(args)}, indent=2)
+    results = json.dumps({"rows": rows, **times, "config": asdict(config)}, indent=2)
     write_atomically(folder / RESULTS, lambda path: path.write_text(results + "\n"))
-    epoch = history[-1]["epoch"]
-    print(format_table(rows, f"accuracy in % on {len(data.test)} held-out test images, after epoch {epoch}"))
-    save_plots(history, before, after, folder)
-    print(f"trained in {times['seconds']:.0f} s; log, checkpoint, results and plots are in {folder}")
+    epoch = log.history[-1]["epoch"]
+    n = len(after.features.test)
+    print(format_table(rows, f"accuracy in % on {n} held-out test images, after epoch {epoch}"))
+    save_plots(log.history, before, after, folder)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -334,8 +413,12 @@ def run(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"pretrain.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"pretrain.py: interrupted{': ' if interrupt.args else ''}{interrupt}", file=sys.stderr)
+    except Interrupted as interrupt:
+        number, saved = interrupt.args
+        print(f"pretrain.py: interrupted: {saved}", file=sys.stderr)
+        return 128 + number
+    except KeyboardInterrupt:
+        print("pretrain.py: interrupted", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -343,13 +426,6 @@ def run(argv: Sequence[str] | None = None) -> int:
         print("pretrain.py: out of memory: try a smaller --batch-size", file=sys.stderr)
         return 2
     return 0
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has a class for it; the CPU allocator only a message."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves on disk: one folder with a JSON-lines log, a checkpoint, results and plots."""
+"""A run on disk: one folder with its options, a log, a checkpoint, results, plots and the encoder."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import time
@@ -12,15 +13,20 @@ from typing import Any
 
 import torch
 
-from train.model import PretrainModel
-
-LOG, CHECKPOINT, RESULTS = "log.jsonl", "checkpoint.pt", "results.json"
+LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS = (
+    "log.jsonl",
+    "metrics.csv",
+    "config.toml",
+    "checkpoint.pt",
+    "results.json",
+)
 LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT = "loss.png", "cosines.png", "embedding.png"
-RUN_FILES = (LOG, CHECKPOINT, RESULTS, LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT)
+ENCODER, CARD = "encoder.safetensors", "README.md"
+RUN_FILES = (LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS, LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT, ENCODER, CARD)
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line, exit code 2, no traceback."""
+    """Something the user can mend: shown without a traceback, exit code 2."""
 
 
 def create_run_folder(output: str | None, name: str, overwrite: bool) -> Path:
@@ -38,7 +44,9 @@ def create_run_folder(output: str | None, name: str, overwrite: bool) -> Path:
         folder = Path(output)
     try:
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-            raise UserError(f"--output {folder} is not empty: choose another folder or pass --overwrite")
+            raise UserError(
+                f"--output {folder} is not empty: choose another folder, --resume {folder} to go on, or --overwrite"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         for stale in RUN_FILES:  # old results beside a new log would mislead
             (folder / stale).unlink(missing_ok=True)
@@ -47,15 +55,56 @@ def create_run_folder(output: str | None, name: str, overwrite: bool) -> Path:
     return folder
 
 
-class JsonLinesLog:
-    """One JSON object per line, flushed at once, so that a crash loses nothing."""
+class RunLog:
+    """JSON lines, flushed at once so that a crash loses nothing, and the same metrics as a CSV table.
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("w", encoding="utf-8")
+    A resumed run keeps what was logged up to its checkpoint's step and drops what a kill left after it.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
+        path = folder / LOG
+        self.history: list[dict[str, Any]] = []
+        kept = []
+        if resumed_step is not None and path.is_file():
+            kept = [entry for entry in read_log(path) if entry.get("step", 0) <= resumed_step]
+            self.history = [entry for entry in kept if entry["event"] == "train"]
+        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+        write_atomically(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+        self.file = path.open("a", encoding="utf-8")
+        self.csv_file = (folder / METRICS_TABLE).open("w", encoding="utf-8", newline="")
+        self.table: csv.DictWriter[str] | None = None
+        for entry in self.history:
+            self._write_row(entry)
 
     def write(self, event: str, **fields: Any) -> None:
-        self.file.write(json.dumps({"event": event, **fields}) + "\n")
+        entry = {"event": event, **fields}
+        self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
+        if event == "train":
+            self.history.append(entry)
+            self._write_row(entry)
+
+    def _write_row(self, entry: dict[str, Any]) -> None:
+        if self.table is None:
+            self.table = csv.DictWriter(self.csv_file, [key for key in entry if key != "event"], extrasaction="ignore")
+            self.table.writeheader()
+        self.table.writerow(entry)
+        self.csv_file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        self.csv_file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log; a last line that a kill cut off is dropped."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -63,25 +112,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def save_checkpoint(
-    path: Path,
-    model: PretrainModel,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    config: dict[str, Any],
-) -> None:
-    """Tensors and plain types only, so that ``torch.load(path, weights_only=True)`` reads it."""
-    content = {
-        "backbone": model.backbone.state_dict(),
-        "projector": model.projector.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "config": config,
-    }
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Tensors and plain types only, so that ``torch.load(path, weights_only=True)`` reads it.
+
+    Raises:
+        UserError: it cannot be written (a full disk, say); the previous checkpoint is intact.
+    """
+    try:
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        left = f"the previous one is intact in {path}" if path.exists() else "there is no earlier one"
+        raise UserError(f"cannot save the checkpoint of step {content['step']} ({reason}); {left}") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} has no checkpoint yet: it ended before the first was saved") from error
+    except Exception as error:
+        raise UserError(f"{path} is no checkpoint of this script: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a pre-training run: one table, from which the command line, the presets and the checks come.
+
+Precedence, lowest first: the defaults below, what ``presets/datasets.toml`` says of the data set, the preset,
+``--config FILE``, the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from train.run_folder import UserError
+
+PRESETS = Path(__file__).resolve().parent / "presets"
+DATASETS = PRESETS / "datasets.toml"
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+
+
+def option(
+    group: str,
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float = math.inf,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    metavar: str | None = None,
+) -> Any:
+    """A field of :class:`Config`: ``least`` and ``most`` are allowed values, ``above`` is not."""
+    limits = {"least": least, "most": most, "above": above, "choices": tuple(choices)}
+    return field(default=default, metadata={"group": group, "help": help, "metavar": metavar, **limits})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes, and (group "run") where and how it does so."""
+
+    data: str = option("data", "digits", "digits, cifar10, cifar100, stl10 or folder:PATH")
+    data_root: str = option("run", "data", "where data sets and decoded folders are kept", metavar="DIR")
+    download: bool = option("run", False, "fetch the official files of the data set if they are missing")
+    # Below 8 pixels the ResNet puts a 3x3 filter of stride 2 on a 1x1 map, whose weight gradient in
+    # bfloat16 on the CPU holds uninitialised memory (seen in torch 2.14.1).
+    image_size: int | None = option(
+        "data", None, "pixels per side that the network sees; none: the data's own", least=8
+    )
+
+    subset: float = option("data", 1.0, "share of the images that pre-training sees, a fixed choice", above=0, most=1)
+
+    epochs: int = option("optimisation", 200, "passes over the images", least=1)
+    batch_size: int = option("optimisation", 512, "images per step over all processes; each gives two views", least=2)
+    accumulate_steps: int = option("optimisation", 1, "refused above 1: it would change the loss", least=1)
+    optimizer: str = option("optimisation", "sgd", "what updates the weights", choices=("sgd", "lars", "adamw"))
+    learning_rate: float = option("optimisation", 0.5, "peak, after the warm-up", above=0)
+    warmup_epochs: float = option("optimisation", 5.0, "linear warm-up, then cosine to 0", least=0)
+    schedule_epochs: int | None = option("optimisation", None, "where the cosine ends; none: with the run", least=1)
+    momentum: float = option("optimisation", 0.9, "of SGD and LARS; beta1 of AdamW", least=0, most=1)
+    weight_decay: float = option("optimisation", 5e-4, "not on biases and batch norm", least=0)
+    decay_shortcuts: bool = option("optimisation", False, "weight decay on the shortcuts' batch norm too, as mio-v1")
+    precision: str = option(
+        "optimisation",
+        "auto",
+        "auto: bfloat16 autocast where the hardware multiplies it",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+    objective: str = option("loss", "mio", "what is minimised", choices=("mio", "simclr", "siglip"))
+    temperature: float = option("loss", 0.5, "tau of positive and negative pairs", above=0)
+    regularizer: float = option("loss", 1.0, "lambda of mio, weight of the squared distance", least=0)
+    bias: float = option("loss", 0.0, "added to every logit of mio and siglip")
+    learn_scale: bool = option("loss", False, "learn temperature and bias of mio or siglip with the model")
+    loss_backend: str = option("run", "auto", "what computes the loss", choices=BACKENDS)
+
+    backbone: str = option("model", "resnet18", "torchvision ResNet", choices=("resnet18", "resnet34", "resnet50"))
+    stem: str = option(
+        "model",
+        "auto",
+        "3x3: stride 1, no max-pool; 7x7: stride 2 and max-pool; auto: 3x3 up to 64 pixels",
+        choices=("auto", "3x3", "7x7"),
+    )
+    stem_padding: bool = option("model", True, "pad the 3x3 stem; without it 32 pixels become 30, as mio-v1")
+    projector: tuple[int, ...] = option("model", (2048, 128), "widths of its layers, the embedding last", least=1)
+    forward: str = option(
+        "model",
+        "fused",
+        "fused: batch norm sees both views at once; separate: one view after the other",
+        choices=("fused", "separate"),
+    )
+
+    crop_area: tuple[float, float] = option("views", (0.2, 1.0), "crop, as a share of the image's area", above=0)
+    crop_aspect: float = option("views", 4 / 3, "aspect ratio in [1/x, x]", least=1)
+    flip: float = option("views", 0.5, "probability of a horizontal flip", least=0, most=1)
+    rotation: float = option("views", 0.0, "degrees either way", least=0, most=180)
+    shear: float = option("views", 0.0, "degrees along x either way", least=0, most=60)
+    gamma: float = option("views", 1.0, "exponent on the intensity in [1/x, x]", least=1)
+    jitter: float = option("views", 0.8, "probability of the colour jitter", least=0, most=1)
+    brightness: float = option("views", 0.4, "factor in [1 - x, 1 + x]", least=0, most=1)
+    contrast: float = option("views", 0.4, "factor in [1 - x, 1 + x]", least=0, most=1)
+    saturation: float = option("views", 0.4, "factor in [1 - x, 1 + x]", least=0, most=1)
+    hue: float = option("views", 0.1, "shift in [-x, x] of a turn", least=0, most=0.5)
+    grayscale: float = option("views", 0.1, "probability", least=0, most=1)
+    blur: float = option("views", 0.0, "probability of a Gaussian blur", least=0, most=1)
+    solarize: float = option("views", 0.0, "probability of inverting the bright half", least=0, most=1)
+
+    output: str | None = option("run", None, "run folder; none: runs/<data>-<date>-<time>", metavar="DIR")
+    overwrite: bool = option("run", False, "write into an --output that is not empty")
+    resume: str | None = option(
+        "run", None, "a run folder to go on with; auto: --output, if it has a checkpoint", metavar="auto|RUN"
+    )
+    seed: int = option("optimisation", 0, "same seed, same machine, same threads: same result on a CPU", least=0)
+    device: str = option("run", "auto", "auto, cpu, cuda or cuda:N")
+    compile: str = option(
+        "run", "auto", "torch.compile of model and views; auto: on a GPU", choices=("auto", "on", "off")
+    )
+    log_every: int = option("run", 10, "steps between log lines", least=1, metavar="STEPS")
+    save_every: int = option("run", 10, "epochs between checkpoints", least=1, metavar="EPOCHS")
+    knn_every: int | None = option(
+        "run", None, "epochs between k-NN on held-out training images; 0: never; none: 10 where there are labels",
+        least=0, metavar="EPOCHS",
+    )  # fmt: skip
+    limit_steps: int | None = option("run", None, "stop after this many steps (for smoke tests)", least=1)
+    evaluate: bool = option("run", True, "score the encoder with a linear probe and k-NN at the end")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check_range(f.name, getattr(self, f.name), f.metadata)
+        if self.accumulate_steps > 1:
+            raise UserError(
+                "--accumulate-steps must be 1: every pair of the batch is in the loss, so a batch in pieces has "
+                "fewer negatives and is another loss; use a smaller --batch-size, or more processes (torchrun)"
+            )
+        if self.crop_area[0] > self.crop_area[1]:
+            raise UserError(f"--crop-area must be the smaller share, then the larger, got {list(self.crop_area)}")
+        if self.objective == "simclr" and (self.learn_scale or self.bias):
+            raise UserError("--bias and --learn-scale belong to mio and siglip, not to --objective simclr")
+        if not self.projector:
+            raise UserError("--projector must name at least the width of the embedding")
+        if self.resume == "auto" and self.output is None:
+            raise UserError("--resume auto needs --output, the run folder to look into")
+
+    @property
+    def data_family(self) -> str:
+        return self.data.split(":", 1)[0]
+
+    @property
+    def embedding(self) -> int:
+        return self.projector[-1]
+
+    def to_toml(self) -> str:
+        """All options, loadable by ``--config``; an option left to the script (none) is a comment."""
+        lines = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            lines.append(f"# {f.name}: none" if value is None else f"{f.name} = {toml_value(value)}")
+        return "\n".join(lines) + "\n"
+
+
+RUN_OPTIONS = frozenset(f.name for f in fields(Config) if f.metadata["group"] == "run")
+TYPES = typing.get_type_hints(Config)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
+
+
+def check_range(name: str, value: Any, limits: Any) -> None:
+    """NaN fails every comparison, so it is refused too."""
+    if value is None:
+        return
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"{flag(name)} must be one of {', '.join(limits['choices'])}, got {value!r}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, str | bool):
+            continue
+        if limits["above"] is not None and not limits["above"] < number < math.inf:
+            raise UserError(f"{flag(name)} must be greater than {limits['above']}, got {number}")
+        if limits["least"] is not None and not limits["least"] <= number:
+            raise UserError(f"{flag(name)} must be at least {limits['least']}, got {number}")
+        if not (abs(number) < math.inf and number <= limits["most"]):
+            expected = "finite" if limits["most"] == math.inf else f"at most {limits['most']}"
+            raise UserError(f"{flag(name)} must be {expected}, got {number}")
+
+
+def element_type(name: str) -> tuple[type, int | None]:
+    """(int, float, bool or str; how many of them: 1, a fixed number, or None for any number)."""
+    hint = TYPES[name]
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        return inner[0], None if inner[-1] is Ellipsis else len(inner)
+    inner = [t for t in typing.get_args(hint) if t is not type(None)]
+    return (inner[0] if inner else hint), 1
+
+
+def convert(name: str, value: Any, source: Path) -> Any:
+    """A TOML value as the option's type; an integer will do for a float, nothing else is converted."""
+    kind, count = element_type(name)
+    values = value if isinstance(value, list) and count != 1 else [value]
+    good = all(type(v) is kind or (kind is float and type(v) is int) for v in values)
+    if not good or (count is not None and len(values) != count):
+        expected = kind.__name__ if count == 1 else f"a list of {count or 'one or more'} {kind.__name__}"
+        raise UserError(f"{source}: {name} must be {expected}, got {value!r}")
+    converted = tuple(kind(v) for v in values)
+    return converted[0] if count == 1 else converted
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+
+
+def read_options(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """The options of one TOML table; a name that is no option is an error."""
+    if unknown := sorted(set(table) - set(TYPES)):
+        raise UserError(f"{path}: unknown option {', '.join(unknown)} (--help lists them, with - for _)")
+    return {name: convert(name, value, path) for name, value in table.items()}
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml") if path != DATASETS)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(prog=prog, description=description)
+    parser.add_argument("--preset", help=f"a set of options: {', '.join(preset_names())}")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of options (and preset)")
+    parser.add_argument("--print-config", action="store_true", help="print all options as TOML, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="set everything up, run one step, write nothing")
+    groups = {g: parser.add_argument_group(g) for g in ("data", "optimisation", "loss", "model", "views", "run")}
+    for f in fields(Config):
+        kind, count = element_type(f.name)
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {"type": kind, "metavar": f.metadata["metavar"]}
+            if count != 1:
+                settings["nargs"] = count or "+"
+            if f.metadata["choices"]:
+                settings |= {"choices": f.metadata["choices"], "metavar": None}
+        default = "none" if f.default is None else f.default
+        groups[f.metadata["group"]].add_argument(flag(f.name), help=f"{f.metadata['help']} ({default})", **settings)
+    return parser
+
+
+def combine(given: dict[str, Any], preset: str | None, file: Path | None, base: Config | None = None) -> Config:
+    """The options of a run from what the command line gave; ``base`` replaces defaults and preset (resume)."""
+    if base is not None:
+        return dataclasses.replace(base, **given)
+    from_file = read_toml(file) if file is not None else {}
+    preset = preset or from_file.pop("preset", None) or "mio"
+    from_file.pop("preset", None)
+    if preset not in preset_names():
+        raise UserError(f"--preset must be one of {', '.join(preset_names())}, got {preset!r}")
+    path = PRESETS / f"{preset}.toml"
+    layers = read_options(path, read_toml(path))
+    if file is not None:
+        layers |= read_options(file, from_file)
+    layers |= given
+    family = Config(data=layers.get("data", Config.data)).data_family
+    return Config(**(read_options(DATASETS, read_toml(DATASETS).get(family, {})) | layers))
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str, description: str) -> tuple[Config, argparse.Namespace]:
+    """(the run's options, the parsed command line with preset, config, print_config and dry_run)."""
+    args = make_parser(prog, description).parse_args(argv)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items() if name in TYPES}
+    if given.get("resume") in (None, "auto"):
+        return combine(given, args.preset, args.config), args
+    if args.preset or args.config:
+        raise UserError("--resume RUN takes its options from the run: drop --preset and --config")
+    run = Path(given["resume"])
+    if given.get("output") not in (None, given["resume"]):
+        raise UserError(f"--resume {run} goes on in that folder: drop --output")
+    saved = load_config(run)
+    config = combine(given | {"output": str(run)}, None, None, saved)
+    check_same(saved, config, run)
+    return config, args
+
+
+def load_config(run: Path) -> Config:
+    """The options that a run was started with."""
+    path = run / "config.toml"
+    if not path.is_file():
+        raise UserError(f"{run} is no run folder: it has no config.toml")
+    return Config(**read_options(path, read_toml(path)))
+
+
+def check_same(saved: Config, config: Config, run: Path) -> None:
+    """A resumed run must compute what it would have computed: only options of the group "run" may differ."""
+    names = [n for n in TYPES if n not in RUN_OPTIONS and getattr(saved, n) != getattr(config, n)]
+    if names:
+        diff = "\n".join(f"  {flag(n)}: {getattr(saved, n)} in the run, {getattr(config, n)} now" for n in names)
+        raise UserError(f"{run} was started with other options, so it cannot be resumed with these:\n{diff}")

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any folder of images as one uint8 array, decoded once and cached.
+
+Decoding costs far more than reading the result back, so the array is written beside the other data and
+later runs map it into memory. The cache is written image by image and in order: a damaged image takes
+neither a row nor a label, and a full disk is an error message instead of a bus error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from train.run_folder import UserError
+
+try:
+    from tqdm import tqdm
+except ImportError:  # a progress bar is a comfort: without tqdm, plain lines
+    tqdm = None
+
+FORMAT = 1  #: part of the cache key: raise it when decoding or the files of the cache change
+HELD_OUT = 10  #: one image in so many of each class is held out where the folder has no test split
+LARGEST_OWN_SIZE, DEFAULT_SIZE = 96, 64  #: pixels
+BLOCK = 256  #: images decoded between two writes
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Decoded images, those of the train split first."""
+
+    name: str  #: folder-<name of the folder>
+    images: Tensor  #: [n, 3, size, size] uint8, in memory or a read-only memory map
+    train_images: int  #: how many of them are not held out
+    labels: Tensor | None  #: [n] int64
+    classes: tuple[str, ...]
+
+
+class ImageFile(NamedTuple):
+    path: str  #: relative to the folder, with slashes
+    bytes: int
+    modified: int  #: nanoseconds
+
+
+class Listing(NamedTuple):
+    """What to decode, in order."""
+
+    files: list[ImageFile]  #: train split first
+    train_files: int
+    labels: list[int] | None
+    classes: tuple[str, ...]
+
+
+def load_folder(path: Path, cache: Path, image_size: int | None) -> FolderImages:
+    """Decode the images below ``path``, or read them from ``cache``, as [n, 3, image_size, image_size].
+
+    Splits: path/train and path/test (or path/val) if both exist. Otherwise, of labelled images, a fixed
+    tenth of every class is held out as the test split. Labels: the first-level directory, if every
+    image lies in one and there are at least two of them; otherwise the images are unlabelled, and there is
+    no test split. Files count by extension; hidden ones and __MACOSX are skipped; links are followed.
+
+    An image is turned by its EXIF orientation, made RGB (gray stays gray in three channels, transparent
+    parts become white), cut to its central square and resized (bicubic, antialiased). ``image_size`` None:
+    the images' own size if a sample of 100 are squares of one size up to 96 pixels, else 64.
+
+    Images that cannot be decoded are left out, each with its label, reported on stderr and listed in a
+    file. Raises UserError for a folder without usable images, unreadable files and a disk that is full.
+    """
+    try:
+        listing = list_images(path)
+    except OSError as error:
+        raise unreadable(error, path) from error
+    size = image_size or own_size(path, listing.files)
+    key = hashlib.sha256(json.dumps([FORMAT, size, listing.files]).encode()).hexdigest()[:16]
+    name = f"folder-{path.resolve().name}"
+    array_path = cache / f"{name}-{key}.npy"
+    record = read_record(array_path)
+    if record is None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            record = decode_all(path, listing, size, array_path)
+        except OSError as error:
+            raise UserError(f"cannot write {array_path}: {error.strerror or error} (--data-root chooses)") from error
+    else:
+        print(f"decoded images of {path} are reused from {array_path}", flush=True)
+    report_left_out(record["left_out"], path, array_path)
+    labels = None if record["labels"] is None else torch.tensor(record["labels"])
+    return FolderImages(name, open_array(array_path), record["train_images"], labels, tuple(record["classes"]))
+
+
+# What to decode
+
+
+def list_images(path: Path) -> Listing:
+    """Files, splits and labels, the same on every call as long as the folder is."""
+    if not path.is_dir():
+        raise UserError(f"--data folder:{path}: {'not a folder' if path.exists() else 'no such folder'}")
+    held_out = next((part for part in ("test", "val") if (path / part).is_dir()), None)
+    if held_out is None or not (path / "train").is_dir():
+        return label_and_split(path, walk(path), 0)
+    train, test = walk(path, "train/"), walk(path, "test/" if held_out == "test" else "val/")
+    directories = first_directories(train, 1)
+    if directories is None:
+        return label_and_split(path, train, 1)
+    test_directories = {file.path.split("/")[1] for file in test if file.path.count("/") > 1}
+    if not test or any(file.path.count("/") < 2 for file in test):
+        print(f"{path / held_out} has no labelled images: a tenth of {path / 'train'} is held out instead")
+        return label_and_split(path, train, 1)
+    if unknown := sorted(test_directories - set(directories)):
+        raise UserError(f"class {unknown[0]!r} of {path / held_out} is not among those of {path / 'train'}")
+    number = {name: label for label, name in enumerate(directories)}
+    labels = [number[file.path.split("/")[1]] for file in train + test]
+    return Listing(train + test, len(train), labels, tuple(directories))
+
+
+def label_and_split(path: Path, files: list[ImageFile], level: int) -> Listing:
+    """Labels from the directories at ``level``, and a fixed tenth of every class at the end as test split."""
+    if not files:
+        raise UserError(f"--data folder:{path}: no images there ({' '.join(IMG_EXTENSIONS)})")
+    directories = first_directories(files, level)
+    if directories is None or len(directories) == len(files):  # one image each: folders, but no classes
+        print(f"{path} is taken as unlabelled: its images do not all lie in two or more class folders", flush=True)
+        return Listing(files, len(files), None, ())
+    train: list[tuple[ImageFile, int]] = []
+    test: list[tuple[ImageFile, int]] = []
+    members_of: dict[str, list[ImageFile]] = {name: [] for name in directories}
+    for file in files:
+        members_of[file.path.split("/")[level]].append(file)
+    for label, members in enumerate(members_of.values()):
+        # The order of a hash is as good as random, needs no generator and hardly changes with new files.
+        by_hash = sorted(members, key=lambda file: hashlib.sha256(os.fsencode(file.path)).digest())
+        count = max(1, round(len(members) / HELD_OUT)) if len(members) > 1 else 0
+        chosen = set(by_hash[:count])
+        test += [(file, label) for file in members if file in chosen]
+        train += [(file, label) for file in members if file not in chosen]
+    ordered = train + test
+    return Listing([f for f, _ in ordered], len(train), [label for _, label in ordered], tuple(directories))
+
+
+def first_directories(files: list[ImageFile], level: int) -> list[str] | None:
+    """Sorted names of the directories at ``level``; None if they are fewer than two or not every image's."""
+    if any(file.path.count("/") <= level for file in files):
+        return None
+    names = sorted({file.path.split("/")[level] for file in files})
+    return names if len(names) > 1 else None
+
+
+def walk(root: Path, below: str = "") -> list[ImageFile]:
+    """All image files below root/below by path; a link to a folder that we are in is not entered again."""
+
+    def visit(relative: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[ImageFile]:
+        status = os.stat(root / relative)
+        identity = (status.st_dev, status.st_ino)
+        if identity in ancestors:
+            return
+        with os.scandir(root / relative) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if entry.is_dir():
+                    yield from visit(f"{relative}{entry.name}/", ancestors | {identity})
+                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                    status = entry.stat()
+                    yield ImageFile(relative + entry.name, status.st_size, status.st_mtime_ns)
+
+    return sorted(visit(below, frozenset()))
+
+
+def unreadable(error: OSError, path: Path) -> UserError:
+    return UserError(f"cannot read {error.filename or path}: {error.strerror}")
+
+
+def own_size(path: Path, files: list[ImageFile]) -> int:
+    """The size of small square images that are all alike; 64, with a sentence, for any others."""
+    sizes = set()
+    for file in files[:: max(1, len(files) // 100)][:100]:  # evenly spaced, so of all classes
+        try:
+            with Image.open(path / file.path) as image:
+                sizes.add(image.size)
+        except Exception:  # decoding will report it
+            continue
+    if len(sizes) == 1:
+        ((width, height),) = sizes
+        if width == height <= LARGEST_OWN_SIZE:
+            return width
+    print(f"images of {path} are stored at {DEFAULT_SIZE} pixels (--image-size chooses)", flush=True)
+    return DEFAULT_SIZE
+
+
+# Decoding
+
+
+def decode(path: Path, size: int) -> bytes | str:
+    """[3, size, size] uint8 of one image file, or the reason why it cannot be decoded.
+
+    An error of the file system is raised instead: it says nothing about the image, and must not be cached.
+    """
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (2 * size, 2 * size))  # JPEG: skip the detail that resizing would drop
+            ImageOps.exif_transpose(image, in_place=True)
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box = (left, top, left + side, top + side)
+            square = as_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box)
+            return np.asarray(square).transpose(2, 0, 1).tobytes()
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(error, path) from error
+        return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip instead of scale
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_all(path: Path, listing: Listing, size: int, array_path: Path) -> dict[str, Any]:
+    """Write the array and its record into the cache; returns the record.
+
+    Threads, not processes: Pillow decodes and resizes without the interpreter lock.
+    """
+    check_disk(len(listing.files) * 3 * size * size, array_path.parent)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n, kept, left_out = len(listing.files), [], {}
+    print(f"decoding {n} images of {path} to {size}x{size} pixels with {workers} workers", flush=True)
+    with placed_atomically(array_path) as file, ThreadPoolExecutor(workers) as pool, progress(n) as advance:
+        write_header(file, n, size)
+        for start in range(0, n, BLOCK):
+            block = range(start, min(start + BLOCK, n))
+            results = pool.map(lambda row: decode(path / listing.files[row].path, size), block)
+            for row, result in zip(block, results, strict=True):
+                if isinstance(result, bytes):
+                    file.write(result)
+                    kept.append(row)
+                else:
+                    left_out[listing.files[row].path] = result
+            advance(len(block))
+        train_images = sum(row < listing.train_files for row in kept)
+        if not train_images or (listing.labels is not None and train_images == len(kept)):
+            part = "test images" if train_images else "train images" if kept else "images"
+            first, reason = next(iter(left_out.items()))
+            raise UserError(f"--data folder:{path}: none of its {part} can be decoded; {first}: {reason}")
+        file.seek(0)
+        write_header(file, len(kept), size)
+    record = {
+        "train_images": train_images,
+        "classes": listing.classes,
+        "labels": None if listing.labels is None else [listing.labels[row] for row in kept],
+        "paths": [listing.files[row].path for row in kept],
+        "left_out": left_out,
+    }
+    with placed_atomically(array_path.with_suffix(".json")) as file:  # last: a record vouches for its array
+        file.write(json.dumps(record).encode())
+    return record
+
+
+def write_header(file: BinaryIO, n: int, size: int) -> None:
+    """NumPy pads the header for any length of the first axis, so that it can be rewritten in place."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, 3, size, size)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def check_disk(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the decoded images need {needed / 1e9:.2f} GB under {folder}, where {free / 1e9:.2f} GB are free: "
+            "pass a smaller --image-size, or --data-root on another disk"
+        )
+
+
+@contextmanager
+def placed_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file under a name of its own that becomes ``path`` once it is complete."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, elsewhere a line every ten seconds; yields what is called with new images."""
+    if tqdm is not None and sys.stderr.isatty():
+        with tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True, desc="decoding") as bar:
+            yield bar.update
+        return
+    done, said = 0, time.perf_counter()
+
+    def advance(images: int) -> None:
+        nonlocal done, said
+        done += images
+        if time.perf_counter() - said > 10:
+            said = time.perf_counter()
+            print(f"decoded {done} of {total} images", flush=True)
+
+    yield advance
+
+
+# The cache
+
+
+def read_record(array_path: Path) -> dict[str, Any] | None:
+    """What ``decode_all`` wrote, None if there is nothing or not all of it."""
+    try:
+        record = json.loads(array_path.with_suffix(".json").read_text(encoding="utf-8"))
+        array = np.load(array_path, mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+    return record if len(array) == len(record["paths"]) else None
+
+
+def open_array(path: Path) -> Tensor:
+    """In memory if it needs no more than half of what is free, else a map of the file."""
+    if path.stat().st_size <= free_memory() / 2:
+        return torch.from_numpy(np.load(path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # nothing here writes to images
+        return torch.from_numpy(np.load(path, mmap_mode="r"))
+
+
+def free_memory() -> int:
+    """Bytes that a new tensor may take: what the system can give, within the limit of a container."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        free = int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) * 1024
+    except (OSError, TypeError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        group = Path("/sys/fs/cgroup")
+        used = int(re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.M)[1])
+        return min(free, int((group / "memory.max").read_text()) - used)
+    except (OSError, TypeError, ValueError):  # no container, or one without a limit ("max")
+        return free
+
+
+def report_left_out(left_out: dict[str, str], path: Path, array_path: Path) -> None:
+    """One warning with the count and the first paths; all of them, with reasons, in a file."""
+    if not left_out:
+        return
+    listed = array_path.with_name(array_path.stem + "-left-out.txt")
+    try:
+        with placed_atomically(listed) as file:
+            file.writelines(os.fsencode(f"{name}\t{reason}\n") for name, reason in left_out.items())
+        where = f"all are listed in {listed}"
+    except OSError as error:  # a cache that can be read only
+        where = f"{listed} cannot be written: {error.strerror}"
+    first = ", ".join(list(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
+    print(f"warning: {len(left_out)} damaged images of {path} are left out: {first} ({where})", file=sys.stderr)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is minimised: MIO, NT-Xent (SimCLR) as the baseline, or SigLIP's sigmoid loss between two views."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mio_ext
+from train.config import Config
+
+
+def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """NT-Xent of two views [B, D]: softmax cross-entropy of each row against its other view, self excluded.
+
+    Plain PyTorch with the N x N matrix, as everywhere. Source: arXiv 2002.05709, eq. (1).
+    """
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    batch = len(z1)
+    partner = torch.arange(2 * batch, device=z.device).roll(batch)
+    return F.cross_entropy(logits, partner)
+
+
+class Objective(nn.Module):
+    """Embeddings of two views [B, D] to (loss, statistics of the pairs).
+
+    The statistics are those of MIO with this temperature's critic, whatever is minimised, so that runs
+    compare; see :class:`mio_ext.reference.PairStats`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.name, self.backend, self.regularizer = config.objective, config.loss_backend, config.regularizer
+        self.temperature, self.bias = config.temperature, config.bias
+        self.log_temperature = self.learnt_bias = None
+        if config.learn_scale:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
+            self.learnt_bias = nn.Parameter(torch.tensor(float(config.bias)))
+
+    def forward(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Any]:
+        temperature = self.temperature if self.log_temperature is None else self.log_temperature.exp()
+        bias = self.bias if self.learnt_bias is None else self.learnt_bias
+        if self.name == "mio":
+            return mio_ext.mio_loss(
+                z1,
+                z2,
+                temperature=temperature,
+                regularizer=self.regularizer,
+                bias=bias,
+                backend=self.backend,
+                return_stats=True,
+            )
+        if self.name == "simclr":
+            loss = nt_xent_loss(z1, z2, self.temperature)
+        else:
+            loss = mio_ext.siglip_loss(
+                F.normalize(z1, dim=1), F.normalize(z2, dim=1), 1 / temperature, bias, backend=self.backend
+            )
+        with torch.no_grad():
+            _, stats = mio_ext.mio_loss(z1, z2, backend=self.backend, return_stats=True)
+        return loss, stats

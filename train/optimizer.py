@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers and the learning rate over the steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import Config
+from train.run_folder import UserError
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_shortcuts: bool = False) -> list[dict[str, Any]]:
+    """Weight decay (and LARS's trust ratio) on matrices and filters only, none on biases and batch norm.
+
+    ``decay_shortcuts`` also decays what the paper's code missed by going by names: the batch norm of the
+    shortcuts, which torchvision calls ``downsample.1``.
+    """
+    decayed, spared = [], []
+    for name, parameter in model.named_parameters():
+        missed = decay_shortcuts and "downsample" in name
+        (decayed if parameter.ndim > 1 or missed else spared).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config.weight_decay, config.decay_shortcuts)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999))
+    try:
+        from timm.optim import Lars
+    except ImportError as error:
+        raise UserError("--optimizer lars needs timm: pip install timm") from error
+    return Lars(groups, lr=0.0, momentum=config.momentum, trust_coeff=1e-3)  # no trust ratio without decay
+
+
+def learning_rate(step: int, total: float, warmup: float, peak: float) -> float:
+    """Linear warm-up, then half a cosine that reaches 0 after ``total`` steps; steps count from 0."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
