@@ -8,6 +8,11 @@
 
 PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
+#if defined(MIO_WITH_CUDA)
+  m.attr("cuda") = MIO_WITH_CUDA;  // the architectures that were compiled for
+#else
+  m.attr("cuda") = pybind11::none();
+#endif
   m.def("cpu_instruction_sets", &mio_ext::cpu_instruction_sets, "What this machine can run, best first.");
   m.def("cpu_instruction_set", &mio_ext::cpu_instruction_set, "The one in use; MIO_CPU_ISA overrides.");
 }

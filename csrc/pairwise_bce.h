@@ -5,6 +5,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define MIO_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MIO_HOST_DEVICE inline
+#endif
+
 namespace mio_ext {
 
 // What a pass sums up, over ordered pairs of one class (positive or negative).
@@ -16,7 +22,7 @@ struct ClassSums {
   double sigmoid = 0;       // sigmoid(t)
   double sigmoid_prod = 0;  // sigmoid(t) * x_i . y_j
 
-  void add(const ClassSums& o, double times) {
+  MIO_HOST_DEVICE void add(const ClassSums& o, double times) {
     count += times * o.count;
     softplus += times * o.softplus;
     product += times * o.product;
@@ -29,7 +35,7 @@ struct PairSums {
   ClassSums positive, negative;
   double distance = 0;  // |x_i - y_j|^2 / 2 over positive pairs
 
-  void add(const PairSums& o, double times) {
+  MIO_HOST_DEVICE void add(const PairSums& o, double times) {
     positive.add(o.positive, times);
     negative.add(o.negative, times);
     distance += times * o.distance;
@@ -41,12 +47,12 @@ struct LossParams {
   double scale_p, scale_n, bias;
   double weight_p, weight_n, weight_l;
 
-  double loss(const PairSums& s) const {
+  MIO_HOST_DEVICE double loss(const PairSums& s) const {
     return weight_p * s.positive.softplus + weight_n * s.negative.softplus + weight_l * s.distance;
   }
 
   // d loss / d (a_p, a_n, b, w_p, w_n, w_l)
-  void gradient(const PairSums& s, double out[6]) const {
+  MIO_HOST_DEVICE void gradient(const PairSums& s, double out[6]) const {
     out[0] = -weight_p * s.positive.sigmoid_prod;
     out[1] = weight_n * s.negative.sigmoid_prod;
     out[2] = weight_n * s.negative.sigmoid - weight_p * s.positive.sigmoid;

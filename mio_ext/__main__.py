@@ -21,6 +21,7 @@ def main() -> None:
         print(
             f"CPU kernel: {ops.extension.cpu_instruction_set()} of {', '.join(sets)}; {torch.get_num_threads()} threads"
         )
+        print(f"CUDA kernels: {ops.extension.cuda or 'not built'}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPUs: {', '.join(gpus) or 'none'}")
     print("backends:")

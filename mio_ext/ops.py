@@ -30,7 +30,7 @@ except ImportError as error:
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 #: What backend="auto" takes, by the type of the features' device; any other device: "reference".
-#: CUDA's row is due once a GPU has passed `make gpu-check`; until then Triton must be asked for.
+#: CUDA's row is due once a GPU has passed `make gpu-check`; until then a GPU's backend must be asked for.
 AUTO = {"cpu": "cpu"}
 
 
@@ -43,7 +43,11 @@ def unavailable_reason(backend: str) -> str | None:
             return "Triton is not installed"
         return None if torch.cuda.is_available() or _interpreted() else "there is no CUDA GPU"
     if backend == "cuda":
-        return f"this version has no {backend} kernels yet"
+        if extension is None:
+            return f"the extension is not built ({_build_error}); run: python setup.py build_ext"
+        if extension.cuda is None:
+            return "the extension was built without CUDA"
+        return None if torch.cuda.is_available() else "there is no CUDA GPU"
     return None
 
 
@@ -73,8 +77,8 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"{op}: backend 'cpu' needs features on the CPU, got {device}")
-    if backend == "triton" and device.type != "cuda" and not _interpreted():
-        raise ValueError(f"{op}: backend 'triton' needs features on a CUDA GPU, got {device}")
+    if backend in ("cuda", "triton") and device.type != "cuda" and not (backend == "triton" and _interpreted()):
+        raise ValueError(f"{op}: backend {backend!r} needs features on a CUDA GPU, got {device}")
     return backend
 
 

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels' face, free of torch: the problem, what its kernels hand each other, and the launch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../pairwise_bce.h"
+
+#if defined(__CUDACC__) || defined(MIO_WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace mio_ext {
+
+#if defined(__CUDACC__) || defined(CUDART_VERSION)
+using Stream = cudaStream_t;
+#else
+using Stream = void*;  // the emulator has one
+#endif
+
+// How the tensor cores take the features: as they are, or float32 as one TF32 number or the sum of two.
+enum class Arithmetic { kBf16, kFp16, kTf32, kTf32x3 };
+
+// Features as they come: row i, column f at data + i row_stride + f col_stride.
+struct Features {
+  const void* data;
+  int64_t row_stride, col_stride;
+};
+
+// One call of the op; csrc/ops.cpp says what its fields mean. All memory is the device's.
+struct PairwiseBCECuda {
+  Arithmetic arithmetic;
+  Features x;            // [M, D]
+  Features y;            // [K, D]; data = nullptr: y = x, and dx holds both roles' gradient
+  const int64_t* x_ids;  // [M] or nullptr
+  const int64_t* y_ids;  // [K]
+  int m, k, d;
+  int shift, offset;
+  bool exclude_self, normalize;
+  const float* params;  // [6], read on the device; nullptr: `constants`
+  LossParams constants;
+  float* loss;     // []
+  double* stats;   // [8]
+  float* dx;       // [M, D], contiguous; nullptr: not wanted
+  float* dy;       // [K, D]
+  float* dparams;  // [6]
+  int multiprocessors;
+  void* workspace;  // workspace_bytes(), aligned to 256
+};
+
+// Up to this many features all is done in one kernel for each gradient.
+constexpr int kMaxFusedFeatures = 256;
+// Row and column numbers, and their sums, are 32-bit.
+constexpr int64_t kMaxRows = 1 << 29;
+
+size_t workspace_bytes(const PairwiseBCECuda& problem);
+
+// Two launches, three if dy is wanted. Same inputs, same bits. Nothing waits for the device.
+void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream);
+
+}  // namespace mio_ext

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pairwise_bce_launch.cuh"
+
+namespace mio_ext {
+template struct Launch<Fp16>;
+}

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernel launches of one arithmetic. A .cu file instantiates them, so that the four compile apart.
+#pragma once
+
+#include "pairwise_bce_cuda.h"
+#include "pairwise_bce_kernel.cuh"
+
+namespace mio_ext {
+
+#if defined(__CUDACC__)
+template <class Params>
+void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream, const Params& params) {
+  if (shared_bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  kernel<<<grid, threads, shared_bytes, stream>>>(params);
+}
+#endif
+
+template <class A>
+struct Launch {
+  static void prepare(const Prepare& in, int sides, Stream stream);
+  // Finds the plan, launches. in.rows.n, in.cols.n and in.d decide; partial parts go to `scratch`, if there are any.
+  static void sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream);
+};
+
+template <class A, int kWidth, bool kIds>
+void launch_sweep(Sweep in, int multiprocessors, float* scratch, Stream stream) {
+  using T = Tile<A, kWidth>;
+  const Plan plan =
+      plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, multiprocessors * T::kBlocksPerMultiprocessor);
+  in.splits = plan.splits;
+  in.tiles_per_split = plan.tiles_per_split;
+  in.partial = plan.splits > 1 ? scratch : in.grad;
+  launch(sweep_kernel<A, kWidth, kIds>, dim3(plan.row_blocks, plan.splits), T::kThreads, T::kSharedBytes, stream, in);
+}
+
+template <class A, int kWidth>
+void launch_width(const Sweep& in, int multiprocessors, float* scratch, Stream stream) {
+  in.rows.ids ? launch_sweep<A, kWidth, true>(in, multiprocessors, scratch, stream)
+              : launch_sweep<A, kWidth, false>(in, multiprocessors, scratch, stream);
+}
+
+template <class A>
+void Launch<A>::prepare(const Prepare& in, int sides, Stream stream) {
+  const int rows = sides == 1 || in.out[0].n_pad > in.out[1].n_pad ? in.out[0].n_pad : in.out[1].n_pad;
+  launch(prepare_kernel<typename A::Element>, dim3(rows / kPrepareWarps, sides), 32 * kPrepareWarps, 0, stream, in);
+}
+
+template <class A>
+void Launch<A>::sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream) {
+  if (width == 64) launch_width<A, 64>(in, multiprocessors, scratch, stream);
+  if (width == 128) launch_width<A, 128>(in, multiprocessors, scratch, stream);
+  if (width == 256) launch_width<A, 256>(in, multiprocessors, scratch, stream);
+}
+
+}  // namespace mio_ext

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arithmetic of a tile of logits in registers, eq. (7)-(8) and (11)-(12): it becomes loss, statistics and the
+// coefficients of the gradient, from one exponential and one reciprocal each.
+//
+// A thread holds, of every 16 x 8 numbers, rows g and g + 8 (g = lane / 4) and columns 2q, 2q + 1 (q = lane % 4).
+#pragma once
+
+#include "pairwise_bce_rows.cuh"
+
+namespace mio_ext {
+
+// Sum of softplus(t) / ln 2 without a logarithm: max(t, 0) adds up, and of the factors 1 + e of the rest
+// the product less 1 is kept, exact for tiny e; whole powers of two move to the sum before it overflows.
+struct SoftplusSum {
+  float sum = 0, p = 0;
+
+  // Of up to 64 terms, given as the sum of their max(t, 0) and the product of their 1 + e, less 1.
+  MIO_DEVICE void add(float relu, float e) {
+    const float q = p * e + (p + e);
+    const uint32_t bits = bits_of(1 + q);
+    const int exponent = int(bits >> 23) - 127;
+    sum += relu + float(exponent);
+    p = exponent > 0 ? float_of((bits & 0x007fffffu) | 0x3f800000u) - 1 : q;
+  }
+  MIO_DEVICE double total() const { return double(kLn2) * (double(sum) + double(log2_1p(p))); }
+};
+
+MIO_DEVICE void to_array(PairSums& from, double (&to)[kSums]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) to[i] = fields(&from)[i];
+}
+
+// (1 + a)(1 + b) - 1
+MIO_DEVICE float times_1p(float a, float b) { return a * b + (a + b); }
+
+// What a thread's F x 2 rows need of a sweep without ids, and its sums over negative pairs. Coefficients are
+// sigma alone; d loss / d (x.y) is weight_n sigma, and comes in at the end.
+template <class A, int F>
+struct NegativeTerms {
+  float scale[F][2];  // logit = (product without the row's norm) scale + bias; -inf for rows that do not exist
+  float bias[F][2];
+  SoftplusSum softplus;
+  float product[F][2] = {}, sigmoid_product[F][2] = {}, sigmoid = 0;
+  const Prepared& rows;
+  int row0, n_cols;
+
+  MIO_DEVICE NegativeTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales)
+      : rows(rows), row0(row0), n_cols(cols.n) {
+#pragma unroll
+    for (int f = 0; f < F; ++f)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row0 + 16 * f + 8 * h;
+        scale[f][h] = rows.inverse[row] * scales.n / A::kLift;
+        bias[f][h] = row < rows.n ? scales.bias : -float_of(0x7f800000u);
+      }
+  }
+
+  MIO_DEVICE static float acc_weight(const Scales& scales) { return scales.weight_n / A::kLift; }
+
+  // s [F, 8 N columns], x.y but for the norms, becomes sigma times the column's norm. factors: the columns'
+  // inverse norms, in shared memory. crossed: some pairs are no negative ones.
+  template <int N>
+  MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0, bool crossed,
+                       bool loss) {
+    if (crossed)
+      tile_of<true, true>(s, factors, pairs, row0, col0);
+    else if (loss)
+      tile_of<false, true>(s, factors, pairs, row0, col0);
+    else
+      tile_of<false, false>(s, factors, pairs, row0, col0);
+  }
+
+  // kCrossed: pairs that are no negative ones take no part, and have coefficient 0.
+  template <bool kCrossed, bool kLoss, int N>
+  MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0) {
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int f = 0; f < F; ++f) {
+      float relu = 0, p = 0;
+      int positive[2], own[2];
+      if constexpr (kCrossed)
+        for (int h = 0; h < 2; ++h) {
+          positive[h] = pairs.positive(row0 + 16 * f + 8 * h);
+          own[h] = pairs.own(row0 + 16 * f + 8 * h);
+        }
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const float2 factor = load_shared_pair(factors + (8 * n + column) * 4);
+        float e[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int h = i / 2, col = col0 + 8 * n + column + i % 2;
+          const float c = (i % 2 ? factor.y : factor.x) * A::kLift;
+          float v = s[f][n][i] * c;
+          float t = v * scale[f][h] + bias[f][h];
+          if (kCrossed && (col == positive[h] || col == own[h] || col >= n_cols)) v = 0, t = -float_of(0x7f800000u);
+          const Term term(t);
+          s[f][n][i] = term.sigmoid * c;
+          if constexpr (kLoss) {
+            relu += term.relu;
+            e[i] = term.e;
+            product[f][h] += v;
+            sigmoid += term.sigmoid;
+            sigmoid_product[f][h] += term.sigmoid * v;
+          }
+        }
+        if constexpr (kLoss) p = times_1p(p, times_1p(times_1p(e[0], e[1]), times_1p(e[2], e[3])));
+      }
+      if constexpr (kLoss) softplus.add(relu, p);
+    }
+  }
+
+  MIO_DEVICE void total(double (&sums)[kSums]) const {
+    PairSums out;
+    out.negative.softplus = softplus.total();
+    out.negative.sigmoid = sigmoid;
+#pragma unroll
+    for (int f = 0; f < F; ++f)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const double inverse = double(rows.inverse[row0 + 16 * f + 8 * h]) / A::kLift;
+        out.negative.product += product[f][h] * inverse;
+        out.negative.sigmoid_prod += sigmoid_product[f][h] * inverse;
+      }
+    to_array(out, sums);
+  }
+};
+
+// With ids any pair may be positive. Coefficients are d loss / d (x.y) over `unit`, the largest of them.
+template <class A, int F>
+struct LabelledTerms {
+  struct Class {
+    SoftplusSum softplus;
+    float product = 0, sigmoid = 0, sigmoid_product = 0;
+    int count = 0;
+  };
+  float inverse[F][2], half_norm[F][2];
+  int64_t id[F][2];
+  Class positive, negative;
+  float distance = 0;
+  Scales scales;
+  float grad_p, grad_n, grad_l;
+  const Prepared &rows, &cols;
+
+  MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales)
+      : scales(scales), rows(rows), cols(cols) {
+    const float unit = unit_of(scales);
+    const float over = unit > 0 ? 1 / unit : unit == 0 ? 0 : unit;
+    grad_p = -scales.weight_p * over, grad_n = scales.weight_n * over, grad_l = -scales.weight_l * over;
+#pragma unroll
+    for (int f = 0; f < F; ++f)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row0 + 16 * f + 8 * h;
+        inverse[f][h] = rows.inverse[row] / A::kLift;
+        half_norm[f][h] = rows.half_norm[row];
+        id[f][h] = row < rows.n ? rows.ids[row] : 0;
+      }
+  }
+
+  MIO_DEVICE static float unit_of(const Scales& s) {
+    return fmaxf(fabsf(s.weight_p) + fabsf(s.weight_l), fabsf(s.weight_n));
+  }
+  MIO_DEVICE static float acc_weight(const Scales& scales) { return unit_of(scales) / A::kLift; }
+
+  // As in NegativeTerms, for every tile.
+  template <int N>
+  MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0, bool, bool) {
+    const int column = threadIdx.x % 4 * 2;
+    float relu_p = 0, relu_n = 0, p_p = 0, p_n = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float2 factor = load_shared_pair(factors + (8 * n + column) * 4);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int col = col0 + 8 * n + column + j;
+        const int64_t col_id = col < cols.n ? cols.ids[col] : 0;
+        const float col_half_norm = cols.half_norm[col], c = (j ? factor.y : factor.x) * A::kLift;
+#pragma unroll
+        for (int f = 0; f < F; ++f)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& at = s[f][n][2 * h + j];
+            const int row = row0 + 16 * f + 8 * h;
+            const bool keep = row < rows.n && col < cols.n && col != pairs.own(row);
+            const bool same = keep && id[f][h] == col_id;
+            const float product = at * c * inverse[f][h];
+            const Term term(keep ? (same ? -(product * scales.p + scales.bias) : product * scales.n + scales.bias)
+                                 : -float_of(0x7f800000u));
+            at = keep ? (same ? term.sigmoid * grad_p + grad_l : term.sigmoid * grad_n) * c : 0.0f;
+            if (same) {
+              relu_p += term.relu, p_p = times_1p(p_p, term.e);
+              add(positive, term, product);
+              distance += half_norm[f][h] + col_half_norm - product;
+            } else if (keep) {
+              relu_n += term.relu, p_n = times_1p(p_n, term.e);
+              add(negative, term, product);
+            }
+          }
+      }
+    }
+    positive.softplus.add(relu_p, p_p);
+    negative.softplus.add(relu_n, p_n);
+  }
+
+  MIO_DEVICE void total(double (&sums)[kSums]) const {
+    PairSums out;
+    to_sums(positive, out.positive);
+    to_sums(negative, out.negative);
+    out.distance = distance;
+    to_array(out, sums);
+  }
+
+ private:
+  static MIO_DEVICE void add(Class& c, const Term& term, float product) {
+    c.count += 1;
+    c.product += product;
+    c.sigmoid += term.sigmoid;
+    c.sigmoid_product += term.sigmoid * product;
+  }
+  static MIO_DEVICE void to_sums(const Class& c, ClassSums& out) {
+    out.count = c.count;
+    out.softplus = c.softplus.total();
+    out.product = c.product;
+    out.sigmoid = c.sigmoid;
+    out.sigmoid_prod = c.sigmoid_product;
+  }
+};
+
+}  // namespace mio_ext

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where things are: which columns are special for a row, where a number lies in shared memory, and which block
+// takes which part of the matrix. Small functions for host and device, tested on the host.
+#pragma once
+
+#include <cstdint>
+
+#include "../pairwise_bce.h"
+#include "mma.cuh"
+
+namespace mio_ext {
+
+MIO_HOST_DEVICE constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
+
+// What multiplies: the type of the features as the tensor cores see it. kLift raises the coefficients of the
+// second product, at most 1 in magnitude, from float16's floor.
+struct Bf16 {
+  using Element = Bfloat16;
+  static constexpr float kLift = 1;
+};
+struct Fp16 {
+  using Element = Float16;
+  static constexpr float kLift = 32768;
+};
+struct Tf32 {
+  using Element = float;
+  static constexpr float kLift = 1;
+  static constexpr bool kRound = true;  // operands to TF32; the tensor cores would cut them off
+};
+// float32 as the sum of two TF32 numbers: three products.
+struct Tf32x3 : Tf32 {
+  static constexpr bool kRound = false;
+};
+
+// A block of four warps owns kBlockM rows, kRowFragments x 16 to a warp, and goes over tiles of kBlockN columns.
+// What fills registers is the rows' gradient: kRowFragments kWidth / 2 numbers a thread. Two row fragments a warp
+// halve the traffic from shared memory, which at one would bound the rate; at 256 features there is room for one.
+// All of them fit into 99 KiB, the least that a GPU of capability 8.0 or later lets a block have.
+template <class Arithmetic, int kWidth_>
+struct Tile {
+  static constexpr int kWidth = kWidth_;  // features, padded
+  static constexpr int kBytes = sizeof(typename Arithmetic::Element);
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRowFragments = kBytes == 2 && kWidth <= 128 ? 2 : 1;
+  static constexpr int kBlockM = 16 * kRowFragments * kWarps;
+  static constexpr int kBlockN = kBytes == 4 && kWidth == 256 ? 16 : 32;
+  static constexpr int kStages = kBytes == 2 ? 3 : 2;
+  static constexpr int kBlocksPerMultiprocessor = 2;
+
+  static constexpr int kRowBytes = kWidth * kBytes;
+  static constexpr int kSteps = kRowBytes / 32;  // of a matrix instruction along the features
+  static constexpr int kFactorsAt = kBlockN * kRowBytes;
+  static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 127) / 128 * 128;  // swizzled() needs the 128
+  static constexpr int kColumnsAt = kBlockM * kRowBytes;                            // the rows come first
+  static constexpr int kSharedBytes = kColumnsAt + kStages * kStageBytes;
+};
+
+constexpr int kRowMultiple = 128;  // prepared rows are padded to it; every kBlockM and kBlockN divides it
+
+// Rows in shared memory are whole multiples of 128 bytes, so equal columns of all rows share a bank. The 16-byte
+// chunk c of row r lies at c ^ (r % 8): eight rows of one chunk, or two neighbouring chunks of rows 0, 2, 4, 6
+// or 1, 3, 5, 7, then fill all 32 banks once.
+MIO_HOST_DEVICE constexpr uint32_t swizzled(uint32_t row, uint32_t chunk, uint32_t row_bytes) {
+  return row * row_bytes + ((chunk ^ (row & 7)) << 4);
+}
+// The same, `chunk` further along, from the place of a chunk c with c & chunk = 0. With chunk known to the compiler
+// that is one instruction.
+MIO_HOST_DEVICE constexpr uint32_t along(uint32_t place, uint32_t chunk) {
+  return (place ^ ((chunk & 7) << 4)) + ((chunk >> 3) << 7);
+}
+
+// The positive and the own column of a row; -1: none. In (i, j) of the op, the positive of row i is column
+// offset + (i + shift) mod M and its own column offset + i; a transposed sweep has j for rows.
+struct Pairs {
+  int m, k;  // rows and columns of the op
+  int shift, offset;
+  bool exclude_self, transposed;
+
+  MIO_HOST_DEVICE int own(int row) const {
+    if (!exclude_self) return -1;
+    return transposed ? (row >= offset && row < offset + m ? row - offset : -1)
+                      : (offset + row < k ? offset + row : -1);
+  }
+  MIO_HOST_DEVICE int positive(int row) const {
+    int i = transposed ? row - offset : row;
+    if (i < 0 || i >= m) return -1;
+    i += transposed ? -shift : shift;
+    i += i < 0 ? m : i >= m ? -m : 0;
+    const int column = transposed ? i : offset + i;
+    return column < (transposed ? m : k) && column != own(row) ? column : -1;
+  }
+  // Can a tile of this place and size hold either?
+  MIO_HOST_DEVICE bool cross(int row0, int rows, int col0, int cols) const {
+    const int sign = transposed ? -1 : 1;
+    const int place = col0 - row0;
+    auto crosses = [&](int diagonal) { return diagonal > place - rows && diagonal < place + cols; };
+    return (exclude_self && crosses(sign * offset)) || crosses(sign * (offset + shift)) ||
+           crosses(sign * (offset + shift - m));
+  }
+};
+
+// Splits columns among blocks where there are too few rows to fill the machine.
+struct Plan {
+  int row_blocks, splits, tiles_per_split;
+};
+constexpr int64_t kSplitBytes = 16 << 20;  // that partial gradients may take
+
+// slots: blocks that run at a time.
+inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int slots) {
+  const int row_blocks = ceil_div(rows, block_m), tiles = ceil_div(cols, block_n);
+  int64_t most = kSplitBytes / (int64_t(rows) * d * 4);
+  if (most > 2 * slots / row_blocks) most = 2 * slots / row_blocks;
+  if (most > tiles) most = tiles;
+  int best = 1;
+  double best_time = 0;
+  for (int splits = 1; splits == 1 || splits <= most; ++splits) {
+    // A wave takes its share of the columns; a split costs its partial gradient, a few tiles' worth.
+    const double time = ceil_div(row_blocks * splits, slots) * (double(tiles) / splits + 4);
+    if (splits == 1 || time < best_time) best = splits, best_time = time;
+  }
+  const int tiles_per_split = ceil_div(tiles, best);
+  return {row_blocks, ceil_div(tiles, tiles_per_split), tiles_per_split};
+}
+
+}  // namespace mio_ext
