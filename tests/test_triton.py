@@ -8,12 +8,13 @@ test sees an interpreted kernel. To run one by hand: TRITON_INTERPRET=1 pytest t
 
 import importlib.util
 import os
+import sys
 
 import pytest
 import torch
 from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, run_python, views
 from test_mio_loss import both
-from test_pairwise_bce import FORMS, assert_matches_reference, features
+from test_pairwise_bce import BAD_ARGUMENTS, FORMS, assert_matches_reference, features, op_arguments, run
 
 from mio_ext import mio_loss, ops
 
@@ -49,6 +50,42 @@ def test_resources_of_every_large_tile():
     """No spill, matrix instructions, two special functions a logit: see the script for all variants."""
     result = run_python("benchmarks/triton_resources.py", "--quick")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@plain
+def test_the_check_of_resources_can_fail():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from triton_resources import Entry, Resources, compile_entry, faults, sweep_constants
+    finally:
+        sys.path.pop(0)
+    from mio_ext.triton_tiles import Tile
+
+    def entry(block_m, capability=90):
+        constants = sweep_constants(Tile(block_m, 32, 4, 2), "16-bit", 64)
+        return Entry("sweep_kernel", capability, "bf16", constants, 4, 2, "")
+
+    assert faults(entry(32), compile_entry(entry(32))) == ["HMMA where HGMMA is due"]
+    good = Resources(registers=128, shared=2**15, spills=0, matrix={"HGMMA": 8}, special=2.0)
+    assert faults(entry(64), good) == []
+    assert faults(entry(64, capability=100), good) == ["HGMMA where UTCHMMA is due"]
+    for change, fault in (
+        ({"spills": 3}, "3 spills"),
+        ({"shared": 2**18}, "too much shared memory"),
+        ({"matrix": {}}, "no matrix instruction where HGMMA is due"),
+        ({"matrix": {"HGMMA": 8, "HMMA": 4}}, "HGMMA and HMMA where HGMMA is due"),
+        ({"special": 0.0}, "no main loop"),
+        ({"special": 2.5}, "more than two special functions per logit"),
+    ):
+        assert faults(entry(64), good._replace(**change)) == [fault]
+
+
+@plain
+@pytest.mark.parametrize("capability, tiles_of", [(75, 80), (80, 80), (89, 80), (90, 90), (103, 100), (120, 80)])
+def test_which_tiles_a_gpu_takes(capability, tiles_of):
+    from mio_ext.triton_tiles import table_capability
+
+    assert table_capability(capability) == tiles_of
 
 
 @plain
@@ -154,6 +191,39 @@ def _run(backend, x, y, dtype):
         x, y, scale=(5.0, 4.0), bias=-0.5, weights=(0.1, 0.01, 0.0), normalize=True, backend=backend
     )
     return loss, torch.autograd.grad(loss, (x, y))
+
+
+@interpreted
+@pytest.mark.parametrize("normalize", [False, True])
+def test_float32_rows_of_any_norm(normalize):
+    """Two float16 hold 22 bits of them whatever their exponent, and of their columns' σ too."""
+    x, y = features(40, 50, 20, torch.float32)
+    x = x * 2.0 ** torch.linspace(-60, 60, 40)[:, None]
+    y = y * 2.0 ** torch.linspace(60, -60, 50)[:, None]
+    scale = 4.0 if normalize else 2.0**-110
+    assert_matches_reference(TRITON, x, y, scale=(scale, scale), normalize=normalize)
+
+
+@interpreted
+def test_sigmoids_far_below_float16():
+    """Every σ is near e^-40, and still a float32 gradient is due."""
+    x, y = features(40, 30, 8, torch.float32)
+    kwargs = {"bias": -40.0, "offset": 30, "weights": (1.0, 1.0, 0.0)}
+    _, grads, _ = run("triton", x, y, **kwargs)
+    _, exact, _ = run("reference", x, y, torch.float64, **kwargs)
+    for g, e in zip(grads, exact, strict=True):
+        assert relative_error(g, e) < 2e-6
+
+
+@interpreted
+@pytest.mark.parametrize("changes, message", BAD_ARGUMENTS)
+def test_message_matches_the_cpu_backend(changes, message):
+    said = []
+    for op in (torch.ops.mio_ext.pairwise_bce, torch.ops.mio_ext.pairwise_bce_triton):
+        with pytest.raises((ValueError, TypeError), match="pairwise_bce: .*" + message) as error:
+            op(*op_arguments(**changes))
+        said.append((error.type, str(error.value)))
+    assert said[0] == said[1]
 
 
 @interpreted
