@@ -5,13 +5,14 @@
     python benchmarks/triton_resources.py --quick    the variants of mio_loss in bfloat16 only
 
 Prints registers, shared memory, spills, matrix instructions and special functions per logit of the main
-loop. Exit status 1 if an entry spills, lacks its matrix instructions (HGMMA on 9.0) or takes more than two
-special functions per logit.
+loop. Exit status 1 if an entry spills, has other matrix instructions than its capability's own (MATRIX; LEGACY
+names the exceptions) or takes more than two special functions per logit.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import multiprocessing
 import re
@@ -24,10 +25,25 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-#: Compute capability -> what its tensor cores' instruction is called; float32 on 9.0 may use the older one.
-MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
-ROW = "{:<4} {:<8} {:<5} {:<16} {:<16} {:>4} {:>6} {:>6} {:>6} {:>10}"
-SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB a program may have
+from mio_ext.triton_tiles import TILES, Tile, tile_for  # noqa: E402
+
+#: Generation (compute capability / 10) -> what its tensor cores' instruction is called.
+MATRIX = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
+#: Entries that may have 8.0's instead: HGMMA and UTCHMMA start at 64 rows, which spill here in every tile tried.
+#: (compute capability, product, D, launch)
+LEGACY = {
+    (90, "tf32", 128, "labels"),
+    (90, "tf32", 256, "labels"),
+    (90, "tf32", 256, "small"),
+    (90, "fp16x3", 128, "labels"),
+    (100, "tf32", 256, "labels"),
+    (100, "tf32", 256, "small"),
+    (100, "tf32", 256, "large"),
+}
+#: Any of them, dense or sparse, of any type, in machine code.
+ANY_MATRIX = r"\b(?:[HIDQB]MMA|[HIQ]GMMA|UTC[A-Z]*MMA)\b"
+ROW = "{:<4} {:<8} {:<6} {:<16} {:<16} {:>4} {:>6} {:>6} {:<12} {:>10}"
+SHARED_MEMORY = {8: 99, 9: 227, 10: 227, 12: 99}  # KiB a program may have; 8.0 has 163, 8.6 and 8.9 have 99
 
 
 class Entry(NamedTuple):
@@ -35,7 +51,7 @@ class Entry(NamedTuple):
 
     kernel: str
     capability: int
-    dtype: str  # as Triton spells it
+    dtype: str  # of the features, as Triton spells it
     constants: dict[str, Any]
     warps: int
     stages: int
@@ -46,53 +62,54 @@ class Resources(NamedTuple):
     registers: int
     shared: int
     spills: int
-    matrix: int
+    matrix: dict[str, int]  # instruction -> how often it is in the code
     special: float | None  # MUFU per logit in the main loop
 
 
-def sweep_entries(quick: bool) -> list[Entry]:
-    from mio_ext.triton_tiles import TILES, tile_for
+def sweep_constants(tile: Tile, product: str, width: int, **flags: bool) -> dict[str, Any]:
+    """The constants of sweep_kernel; by default the row gradient and the loss, and nothing else."""
+    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": width, "PRODUCT": product}
+    constants |= dict.fromkeys(("NORMALIZE", "HAS_IDS", "EXCLUDE_SELF", "TRANSPOSED", "DPARAMS", "FINISH"), False)
+    return constants | {"GRAD": True, "LOSS": True} | flags
 
+
+def sweep_entries(quick: bool) -> list[Entry]:
     entries = []
-    for capability, itemsize, width in TILES:
-        if quick and itemsize != 2:
+    mio = {"NORMALIZE": True, "EXCLUDE_SELF": True}
+    variants = {"mio": mio, "mio, small": mio | {"FINISH": True}}
+    if not quick:
+        variants |= {
+            "mio, labels": mio | {"HAS_IDS": True},
+            "siglip": {"DPARAMS": True},
+            "siglip, columns": {"TRANSPOSED": True, "LOSS": False},
+        }
+    for capability, product, width in TILES:
+        if quick and product != "16-bit":
             continue
-        dtypes = {2: ["bf16"], 4: ["fp32"]}[itemsize]
-        mio = {"NORMALIZE": True, "EXCLUDE_SELF": True}
-        variants = {"mio": mio, "mio, small": mio | {"FINISH": True}}
-        if not quick:
-            variants |= {
-                "mio, labels": mio | {"HAS_IDS": True},
-                "siglip": {"DPARAMS": True},
-                "siglip, columns": {"TRANSPOSED": True, "LOSS": False},
-            }
-        for dtype in dtypes:
-            for name, flags in variants.items():
-                tile = tile_for(capability, itemsize, width, "FINISH" in flags, "HAS_IDS" in flags)
-                constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": width}
-                constants |= dict.fromkeys(("NORMALIZE", "HAS_IDS", "EXCLUDE_SELF", "TRANSPOSED"), False)
-                constants |= {"GRAD": True, "LOSS": True, "DPARAMS": False, "FINISH": False, "PRECISION": "tf32"}
-                constants |= flags
-                entries.append(Entry("sweep_kernel", capability, dtype, constants, tile.warps, tile.stages, name))
+        for name, flags in variants.items():
+            tile = tile_for(capability, product, width, "FINISH" in flags, "HAS_IDS" in flags)
+            constants = sweep_constants(tile, product, width, **flags)
+            dtype = "bf16" if product == "16-bit" else "fp32"
+            entries.append(Entry("sweep_kernel", capability, dtype, constants, tile.warps, tile.stages, name))
     return entries
 
 
 def other_entries() -> list[Entry]:
     """The kernels that have no table; they only must compile and not spill."""
     entries = []
-    for capability in MATRIX:
-        for dtype in ("bf16", "fp16", "fp32", "fp64"):
-            widths = (128, 768) if dtype != "fp64" else (128,)
-            for width in widths:
-                block_d = 1 << (width - 1).bit_length()
-                prepare = {"WIDTH": width, "BLOCK_D": block_d, "ROWS": max(1, min(16, 4096 // block_d))}
-                prepare |= {"NORMALIZE": True, "FIRST": True, "HAS_PARAMS": dtype == "fp64"}
-                prepare |= {"COEF_SCALE": 1.0, "GRADIENT_TIMES": 2.0}
-                entries.append(Entry("prepare_kernel", capability, dtype, prepare, 4, 3, f"D = {width}"))
-                project = {"WIDTH": width, "BLOCK_D": block_d, "ROWS": prepare["ROWS"]}
-                project |= {"NORMALIZE": True, "BOTH_NORMS": True}
-                entries.append(Entry("project_kernel", capability, dtype, project, 4, 3, f"D = {width}"))
-            for ids in (False, True):
+    kinds = [("bf16", "16-bit", 128), ("fp16", "16-bit", 128), ("fp32", "tf32", 128), ("fp32", "fp16x3", 128)]
+    kinds += [("fp64", None, 128), ("bf16", None, 768), ("fp16", None, 768), ("fp32", None, 768)]
+    for capability in sorted({key[0] for key in TILES}):
+        for dtype, product, width in kinds:
+            block_d = 1 << (width - 1).bit_length()
+            shape = {"WIDTH": width, "BLOCK_D": block_d, "ROWS": max(1, min(16, 4096 // block_d))}
+            shape |= {"NORMALIZE": True, "PRODUCT": product}
+            prepare = shape | {"FIRST": True, "HAS_PARAMS": dtype == "fp64", "COEF_SCALE": 1.0, "GRADIENT_TIMES": 2.0}
+            what = f"{product}, D = {width}" if product == "fp16x3" else f"D = {width}"
+            entries.append(Entry("prepare_kernel", capability, dtype, prepare, 4, 3, what))
+            project = shape | {"BOTH_NORMS": product is None}
+            entries.append(Entry("project_kernel", capability, dtype, project, 4, 3, what))
+            for ids in (False, True) if product is None else ():
                 terms = {"BLOCK_M": 4, "BLOCK_N": 128, "HAS_IDS": ids, "EXCLUDE_SELF": True}
                 terms |= {"GRAD": True, "DPARAMS": True}
                 entries.append(Entry("terms_kernel", capability, dtype, terms, 4, 3, "labels" if ids else ""))
@@ -100,24 +117,34 @@ def other_entries() -> list[Entry]:
     return entries
 
 
+def pointer_types(entry: Entry) -> dict[str, str]:
+    """What each pointer of the entry's kernel points to, where that is not the loss's type."""
+    prepared = "fp16" if entry.constants.get("PRODUCT") == "fp16x3" else entry.dtype
+    types = {"x_ptr": prepared, "y_ptr": prepared, "out_ptr": prepared, "g_ptr": prepared, "z_ptr": prepared}
+    types |= {"x_ids_ptr": "i64", "y_ids_ptr": "i64", "sums_ptr": "fp64", "stats_ptr": "fp64", "counter_ptr": "i32"}
+    if entry.kernel == "prepare_kernel":
+        types["z_ptr"] = entry.dtype
+    if entry.kernel == "project_kernel":
+        del types["g_ptr"]
+    return types
+
+
 def compile_entry(entry: Entry) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mio_ext import triton_kernels
+    from mio_ext import triton_chunked, triton_kernels
 
-    kernel = getattr(triton_kernels, entry.kernel)
+    kernel = getattr(triton_kernels, entry.kernel, None) or getattr(triton_chunked, entry.kernel)
     loss_type = "fp64" if entry.dtype == "fp64" else "fp32"
-    features = {"x_ptr", "y_ptr", "z_ptr", "g_ptr"} - ({"g_ptr"} if entry.kernel == "project_kernel" else set())
-    features |= {"out_ptr"}
-    special = {"x_ids_ptr": "i64", "y_ids_ptr": "i64", "sums_ptr": "fp64", "stats_ptr": "fp64", "counter_ptr": "i32"}
+    types = pointer_types(entry)
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in entry.constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*" + special.get(name, entry.dtype if name in features else loss_type)
+            signature[name] = "*" + types.get(name, loss_type)
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in ("a_p", "a_n", "b", "w_p", "w_n", "w_l") else "i32"
@@ -130,13 +157,13 @@ def compile_entry(entry: Entry) -> Resources:
     special_per_logit = None
     if entry.kernel == "sweep_kernel":
         # A logit has exactly one exponential; the assembler may hold a loop's code twice, for a branch.
-        loop = main_loop(code, "|".join(MATRIX.values()))
-        special_per_logit = len(re.findall(r"\bMUFU", loop)) / len(re.findall(r"\bMUFU\.EX2", loop))
+        loop = main_loop(code)
+        special_per_logit = len(re.findall(r"\bMUFU", loop)) / max(1, len(re.findall(r"\bMUFU\.EX2", loop)))
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=compiled.metadata.shared,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        matrix=len(re.findall(rf"\b(?:{MATRIX[entry.capability]}|HMMA)\b", code)),
+        matrix=dict(collections.Counter(re.findall(ANY_MATRIX, code))),
         special=special_per_logit,
     )
 
@@ -154,8 +181,8 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     return run[0], run[1]
 
 
-def main_loop(code: str, matrix: str) -> str:
-    """The shortest loop with matrix and special-function instructions in it."""
+def main_loop(code: str) -> str:
+    """The shortest loop with matrix and special-function instructions in it; empty if there is none."""
     lines = code.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
     loops = []
@@ -163,9 +190,9 @@ def main_loop(code: str, matrix: str) -> str:
         jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
         if jump and labels.get(jump[1], i) < i:
             body = "\n".join(lines[labels[jump[1]] : i + 1])
-            if re.search(rf"\b(?:{matrix})\b", body) and "MUFU.EX2" in body:
+            if re.search(ANY_MATRIX, body) and "MUFU.EX2" in body:
                 loops.append(body)
-    return min(loops, key=len)
+    return min(loops, key=len, default="")
 
 
 def faults(entry: Entry, found: Resources) -> list[str]:
@@ -173,12 +200,18 @@ def faults(entry: Entry, found: Resources) -> list[str]:
     wrong = []
     if found.spills:
         wrong.append(f"{found.spills} spills")
-    if found.shared > SHARED_MEMORY[entry.capability] * 1024:
+    if found.shared > SHARED_MEMORY[entry.capability // 10] * 1024:
         wrong.append("too much shared memory")
     if entry.kernel == "sweep_kernel":
-        if not found.matrix:
-            wrong.append("no matrix instruction")
-        if found.special is None or found.special > 2:
+        c = entry.constants
+        launch = "labels" if c["HAS_IDS"] else "small" if c["FINISH"] else "large"
+        legacy = (entry.capability, c["PRODUCT"], c["BLOCK_D"], launch) in LEGACY
+        due = "HMMA" if legacy else MATRIX[entry.capability // 10]
+        if set(found.matrix) != {due}:
+            wrong.append(f"{' and '.join(sorted(found.matrix)) or 'no matrix instruction'} where {due} is due")
+        if not found.special:
+            wrong.append("no main loop")
+        elif found.special > 2:
             wrong.append("more than two special functions per logit")
     return wrong
 
@@ -195,15 +228,16 @@ def main() -> None:
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         for entry, found in zip(entries, pool.map(compile_entry, entries), strict=True):
             c = entry.constants
-            sweep = "PRECISION" in c
+            sweep = "BLOCK_D" in c and "BLOCK_N" in c
             tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_D']} {entry.warps}w{entry.stages}s" if sweep else ""
             special = "" if found.special is None else f"{found.special:.2f}"
             wrong = faults(entry, found)
             bad += bool(wrong)
             kernel = entry.kernel.removesuffix("_kernel")
             shared = f"{found.shared / 1024:.1f}"
-            row = (entry.capability, kernel, entry.dtype, tile, entry.name)
-            row += (found.registers, shared, found.spills, found.matrix, special)
+            matrix = ", ".join(f"{n} {name}" for name, n in found.matrix.items())
+            row = (entry.capability, kernel, c["PRODUCT"] if sweep else entry.dtype, tile, entry.name)
+            row += (found.registers, shared, found.spills, matrix, special)
             print(ROW.format(*row) + ("  <- " + ", ".join(wrong) if wrong else ""), flush=True)
     print(f"{len(entries)} entries, {bad} with faults")
     sys.exit(bool(bad))

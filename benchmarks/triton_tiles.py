@@ -22,24 +22,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from triton_resources import Entry, compile_entry, faults  # noqa: E402
+from triton_resources import Entry, compile_entry, faults, sweep_constants  # noqa: E402
 
 from mio_ext import mio_loss, triton_backend, triton_tiles  # noqa: E402
 
 SIZES = {"TILES": 32_768, "SMALL_TILES": 256}  # rows
 
 
-def candidates(itemsize: int) -> list[triton_tiles.Tile]:
+def candidates() -> list[triton_tiles.Tile]:
     warps_of = {32: (4, 8), 64: (4, 8), 128: (8,)}
-    grid = itertools.product((32, 64, 128), (32, 64, 128), (2, 3, 4))
+    grid = itertools.product((32, 64, 128), (16, 32, 64, 128), (2, 3, 4))
     return [triton_tiles.Tile(m, n, w, stages) for m, n, stages in grid for w in warps_of[m]]
 
 
-def sound(capability: int, itemsize: int, width: int, tile: triton_tiles.Tile, finish: bool) -> bool:
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": width, "NORMALIZE": True}
-    constants |= {"HAS_IDS": False, "EXCLUDE_SELF": True, "TRANSPOSED": False, "GRAD": True, "LOSS": True}
-    constants |= {"DPARAMS": False, "FINISH": finish, "PRECISION": "tf32"}
-    dtype = "bf16" if itemsize == 2 else "fp32"
+def sound(capability: int, product: str, width: int, tile: triton_tiles.Tile, finish: bool) -> bool:
+    constants = sweep_constants(tile, product, width, NORMALIZE=True, EXCLUDE_SELF=True, FINISH=finish)
+    dtype = "bf16" if product == "16-bit" else "fp32"
     entry = Entry("sweep_kernel", capability, dtype, constants, tile.warps, tile.stages, "")
     try:
         return not faults(entry, compile_entry(entry))
@@ -69,25 +67,29 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("triton_tiles: no CUDA GPU here", file=sys.stderr)
         sys.exit(2)
-    torch.set_float32_matmul_precision("high")
     major, minor = torch.cuda.get_device_capability()
-    capability = major * 10 + minor
+    capability = 10 * major + minor
     path = ROOT / "mio_ext" / "triton_tiles.py"
     text = path.read_text()
-    for (name, rows), itemsize, width in itertools.product(SIZES.items(), (2, 4), (64, 128, 256)):
+    products = triton_backend.FUSED_WIDTH.items()
+    for (name, rows), (product, widest), width in itertools.product(SIZES.items(), products, (64, 128, 256)):
+        if width > widest:
+            continue
+        torch.set_float32_matmul_precision("highest" if product == "fp16x3" else "high")
         best = None
-        for tile in candidates(itemsize):
-            if not sound(capability, itemsize, width, tile, finish=name == "SMALL_TILES"):
+        for tile in candidates():
+            if not sound(capability, product, width, tile, finish=name == "SMALL_TILES"):
                 continue
             triton_backend.tile_for = lambda *_, tile=tile, **__: tile
-            ms = time_ms(rows, width, torch.bfloat16 if itemsize == 2 else torch.float32)
+            ms = time_ms(rows, width, torch.bfloat16 if product == "16-bit" else torch.float32)
             best = min(best or (ms, tile), (ms, tile))
         if best is None:
             continue
-        line = f"({capability}, {itemsize}, {width}): Tile({', '.join(map(str, best[1]))}),"
+        numbers = ", ".join(map(str, best[1]))
+        line = f'({capability}, "{product}", {width}): Tile({numbers}),'
         print(f"{name}: {line}  # {best[0]:.3f} ms at N = {rows}", flush=True)
         table = text.index(f"\n{name}: ")
-        pattern = re.compile(rf"\({capability}, {itemsize}, {width}\): Tile\([^)]*\),")
+        pattern = re.compile(rf'\({capability}, "{product}", {width}\): Tile\([^)]*\),')
         found = pattern.search(text, table)
         if found:
             text = text[: found.start()] + line + text[found.end() :]

@@ -3,6 +3,8 @@
 // implementation and the autograd function are in mio_ext/ops.py.
 #include <torch/library.h>
 
+#include <string>
+
 TORCH_LIBRARY(mio_ext, m) {
   // Eq. (11)-(12) of mio_ext/reference.py, its gradients and its statistics in one pass.
   //
@@ -19,8 +21,13 @@ TORCH_LIBRARY(mio_ext, m) {
   // loss, dparams [6]: float32, float64 for float64 inputs. dx [M, D], dy [K, D]: the same, so that a
   //     16-bit gradient is rounded once, after grad_output; empty where not needed.
   // stats: float64 [8], the fields of reference.PairStats.
-  m.def(
-      "pairwise_bce(Tensor x, Tensor? y, Tensor? x_ids, Tensor? y_ids, Tensor? params, float[] constants, "
-      "SymInt shift, SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad) "
-      "-> (Tensor loss, Tensor stats, Tensor dx, Tensor dy, Tensor dparams)");
+  const std::string arguments =
+      "(Tensor x, Tensor? y, Tensor? x_ids, Tensor? y_ids, Tensor? params, float[] constants, SymInt shift, "
+      "SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad) -> ";
+  const std::string outputs = "(Tensor loss, Tensor stats, Tensor dx, Tensor dy, Tensor dparams)";
+  m.def(("pairwise_bce" + arguments + outputs).c_str());
+  // The same op in Triton; mio_ext/ops.py registers its implementation.
+  m.def(("pairwise_bce_triton" + arguments + outputs).c_str());
+  // What every implementation asks of its arguments, for those that are not in C++; csrc/check_inputs.h.
+  m.def(("check_inputs" + arguments + "()").c_str());
 }

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op ``mio_ext::pairwise_bce`` as Python sees it: backends, fake implementation, autograd.
 
-The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_pass.h. Its Triton twin
-``mio_ext::pairwise_bce_triton`` is registered here, so that it needs no C++ build; triton_backend.py
-holds it, and is imported when it is first called.
+The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_pass.h. The implementation of its
+Triton twin ``mio_ext::pairwise_bce_triton`` is in triton_backend.py, imported when it is first called.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ AUTO = {"cpu": "cpu"}
 
 def unavailable_reason(backend: str) -> str | None:
     """Why ``backend`` cannot run here, in one sentence; None if it can."""
-    if backend == "cpu" and extension is None:
+    if backend in ("cpu", "triton") and extension is None:
         return f"the extension is not built ({_build_error}); run: python setup.py build_ext"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -216,16 +215,8 @@ def _run_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return triton_backend.pairwise_bce(*args)
 
 
-#: The schema of csrc/ops.cpp, for ops that are registered from Python.
-SCHEMA = (
-    "(Tensor x, Tensor? y, Tensor? x_ids, Tensor? y_ids, Tensor? params, float[] constants, SymInt shift, "
-    "SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad) "
-    "-> (Tensor loss, Tensor stats, Tensor dx, Tensor dy, Tensor dparams)"
-)
-
-_library: Any = torch.library.Library("mio_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("pairwise_bce_triton" + SCHEMA)
-_library.impl("pairwise_bce_triton", _run_triton, "CPU" if _interpreted() else "CUDA")
-torch.library.register_fake("mio_ext::pairwise_bce_triton", _fake, lib=_library)
 if extension is not None:
-    torch.library.register_fake("mio_ext::pairwise_bce", _fake)
+    _library: Any = torch.library.Library("mio_ext", "IMPL")  # type: ignore[no-untyped-call]
+    _library.impl("pairwise_bce_triton", _run_triton, "CPU" if _interpreted() else "CUDA")
+    for _op in ("pairwise_bce", "pairwise_bce_triton"):
+        torch.library.register_fake(f"mio_ext::{_op}", _fake)

@@ -16,58 +16,86 @@ class Tile(NamedTuple):
     stages: int
 
 
-#: (compute capability, bytes of an element, D up to) -> tile. A capability that is not here takes the
-#: nearest below it.
-TILES: dict[tuple[int, int, int], Tile] = {
-    (80, 2, 64): Tile(64, 32, 4, 3),
-    (80, 2, 128): Tile(64, 32, 4, 3),
-    (80, 2, 256): Tile(64, 32, 8, 2),
-    (80, 4, 64): Tile(64, 32, 4, 2),
-    (80, 4, 128): Tile(32, 32, 4, 2),
-    (80, 4, 256): Tile(32, 32, 8, 2),
-    (90, 2, 64): Tile(128, 64, 8, 3),
-    (90, 2, 128): Tile(128, 64, 8, 3),
-    (90, 2, 256): Tile(64, 32, 8, 2),
-    (90, 4, 64): Tile(64, 32, 4, 2),
-    (90, 4, 128): Tile(64, 32, 4, 2),
-    (90, 4, 256): Tile(64, 32, 8, 2),
-    (100, 2, 64): Tile(128, 32, 8, 3),
-    (100, 2, 128): Tile(128, 32, 8, 3),
-    (100, 2, 256): Tile(64, 32, 8, 2),
-    (100, 4, 64): Tile(64, 32, 4, 2),
-    (100, 4, 128): Tile(64, 32, 4, 2),
-    (100, 4, 256): Tile(32, 32, 8, 2),
+#: (compute capability, product, D up to) -> tile; the products are triton_kernels.py's.
+TILES: dict[tuple[int, str, int], Tile] = {
+    (80, "16-bit", 64): Tile(64, 32, 4, 3),
+    (80, "16-bit", 128): Tile(64, 32, 4, 3),
+    (80, "16-bit", 256): Tile(64, 32, 8, 2),
+    (80, "tf32", 64): Tile(64, 32, 4, 2),
+    (80, "tf32", 128): Tile(32, 32, 4, 2),
+    (80, "tf32", 256): Tile(32, 32, 8, 2),
+    (80, "fp16x3", 64): Tile(64, 32, 4, 2),
+    (80, "fp16x3", 128): Tile(32, 32, 4, 2),
+    (90, "16-bit", 64): Tile(128, 64, 8, 3),
+    (90, "16-bit", 128): Tile(128, 64, 8, 3),
+    (90, "16-bit", 256): Tile(64, 32, 8, 2),
+    (90, "tf32", 64): Tile(64, 32, 4, 2),
+    (90, "tf32", 128): Tile(64, 32, 4, 2),
+    (90, "tf32", 256): Tile(64, 32, 8, 2),
+    (90, "fp16x3", 64): Tile(64, 32, 4, 2),
+    (90, "fp16x3", 128): Tile(64, 32, 8, 2),
+    (100, "16-bit", 64): Tile(128, 32, 8, 3),
+    (100, "16-bit", 128): Tile(128, 32, 8, 3),
+    (100, "16-bit", 256): Tile(64, 32, 8, 2),
+    (100, "tf32", 64): Tile(64, 32, 4, 2),
+    (100, "tf32", 128): Tile(64, 32, 4, 2),
+    (100, "tf32", 256): Tile(32, 32, 8, 2),
+    (100, "fp16x3", 64): Tile(128, 32, 8, 2),
+    (100, "fp16x3", 128): Tile(128, 32, 8, 2),
 }
 
 #: Where a launch finishes everything: few rows, and the end of the kernel wants registers too. Same key.
-SMALL_TILES: dict[tuple[int, int, int], Tile] = {
-    (80, 2, 64): Tile(32, 32, 4, 2),
-    (80, 2, 128): Tile(32, 32, 4, 2),
-    (80, 2, 256): Tile(32, 32, 8, 2),
-    (80, 4, 64): Tile(32, 32, 4, 2),
-    (80, 4, 128): Tile(32, 32, 4, 2),
-    (80, 4, 256): Tile(32, 32, 8, 2),
-    (90, 2, 64): Tile(64, 32, 8, 2),
-    (90, 2, 128): Tile(64, 32, 8, 2),
-    (90, 2, 256): Tile(64, 16, 8, 2),
-    (90, 4, 64): Tile(32, 32, 8, 2),
-    (90, 4, 128): Tile(32, 32, 8, 2),
-    (90, 4, 256): Tile(32, 32, 8, 2),
-    (100, 2, 64): Tile(64, 32, 8, 2),
-    (100, 2, 128): Tile(64, 32, 8, 2),
-    (100, 2, 256): Tile(64, 32, 8, 2),
-    (100, 4, 64): Tile(64, 32, 8, 2),
-    (100, 4, 128): Tile(64, 32, 8, 2),
-    (100, 4, 256): Tile(32, 32, 8, 2),
+SMALL_TILES: dict[tuple[int, str, int], Tile] = {
+    (80, "16-bit", 64): Tile(32, 32, 4, 2),
+    (80, "16-bit", 128): Tile(32, 32, 4, 2),
+    (80, "16-bit", 256): Tile(32, 32, 8, 2),
+    (80, "tf32", 64): Tile(32, 32, 4, 2),
+    (80, "tf32", 128): Tile(32, 32, 4, 2),
+    (80, "tf32", 256): Tile(32, 32, 8, 2),
+    (80, "fp16x3", 64): Tile(32, 32, 4, 2),
+    (80, "fp16x3", 128): Tile(32, 32, 8, 2),
+    (90, "16-bit", 64): Tile(64, 32, 8, 2),
+    (90, "16-bit", 128): Tile(64, 32, 8, 2),
+    (90, "16-bit", 256): Tile(64, 16, 8, 2),
+    (90, "tf32", 64): Tile(64, 32, 8, 2),
+    (90, "tf32", 128): Tile(64, 32, 8, 2),
+    (90, "tf32", 256): Tile(32, 32, 8, 2),
+    (90, "fp16x3", 64): Tile(64, 32, 8, 2),
+    (90, "fp16x3", 128): Tile(64, 32, 8, 2),
+    (100, "16-bit", 64): Tile(64, 32, 8, 2),
+    (100, "16-bit", 128): Tile(64, 32, 8, 2),
+    (100, "16-bit", 256): Tile(64, 32, 8, 2),
+    (100, "tf32", 64): Tile(64, 32, 8, 2),
+    (100, "tf32", 128): Tile(64, 32, 8, 2),
+    (100, "tf32", 256): Tile(32, 32, 8, 2),
+    (100, "fp16x3", 64): Tile(64, 32, 8, 2),
+    (100, "fp16x3", 128): Tile(64, 32, 8, 2),
 }
 
 
-def tile_for(capability: int, itemsize: int, width: int, small: bool, has_ids: bool) -> Tile:
-    """The tile for D padded to ``width`` on a GPU of compute capability ``capability`` (90 is 9.0)."""
+#: With ids every tile has both classes of pairs and twice the sums in registers: SMALL_TILES with half the
+#: columns, unless the key is here.
+LABEL_TILES: dict[tuple[int, str, int], Tile] = {
+    (90, "tf32", 128): Tile(32, 16, 8, 2),
+    (90, "fp16x3", 128): Tile(32, 16, 8, 2),
+}
+
+
+def table_capability(capability: int) -> int:
+    """Whose tiles a GPU of compute capability ``capability`` (90 is 9.0) takes: its own, or the nearest below.
+
+    But 12.x has the tensor cores, and the 99 KiB of shared memory, of 8.6 and 8.9.
+    """
     known = sorted({key[0] for key in TILES})
-    nearest = max((c for c in known if c <= capability), default=known[0])
-    bucket = min(key[2] for key in TILES if key[:2] == (nearest, itemsize) and key[2] >= width)
-    if has_ids:  # both classes of pairs in every tile: twice the sums in registers
-        tile = SMALL_TILES[nearest, itemsize, bucket]
-        return tile._replace(block_n=max(16, tile.block_n // 2))
-    return (SMALL_TILES if small else TILES)[nearest, itemsize, bucket]
+    alike = [c for c in known if c <= capability and (c < 90 or c >= 120 or capability < 120)]
+    return max(alike, default=known[0])
+
+
+def tile_for(capability: int, product: str, width: int, small: bool, has_ids: bool) -> Tile:
+    """The tile for D padded to ``width``."""
+    nearest = table_capability(capability)
+    key = nearest, product, min(k[2] for k in TILES if k[:2] == (nearest, product) and k[2] >= width)
+    if has_ids:
+        tile = SMALL_TILES[key]
+        return LABEL_TILES.get(key, tile._replace(block_n=max(16, tile.block_n // 2)))
+    return (SMALL_TILES if small else TILES)[key]

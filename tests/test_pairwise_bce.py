@@ -181,27 +181,28 @@ def test_only_what_is_needed_is_computed(needs):
         assert torch.equal(part, full) if need else part.numel() == 0
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"x": torch.randn(3)}, r"x must be \[M, D\]"),
-        ({"x": torch.randn(0, 5)}, r"x must be \[M, D\]"),
-        ({"x": torch.ones(12, 5).int()}, r"x must be float32"),
-        ({"y": torch.randn(9, 4)}, r"y must be \[K, 5\]"),
-        ({"y": torch.randn(9, 5).double()}, r"y must be Float like x"),
-        ({"x_ids": IDS}, r"y_ids must be given with x_ids"),
-        ({"x_ids": IDS[:3], "y_ids": IDS[:9]}, r"x_ids must be \[12\]"),
-        ({"x_ids": IDS, "y_ids": IDS[:9].int()}, r"y_ids must be int64"),
-        ({"constants": [1.0]}, r"give six constants"),
-        ({"params": torch.ones(6)}, r"give six constants"),
-        ({"params": torch.ones(6).double(), "constants": []}, r"params must be \[6\], Float"),
-        ({"shift": 12}, r"shift must be in \[0, 12\)"),
-        ({"offset": -1}, r"offset must be at least 0"),
-        ({"y": None, "needs_grad": [True] * 3}, r"no gradient for y = None"),
-        ({"y": None, "needs_grad": [True, False, False], "shift": 1}, r"must be mutual"),
-        ({"constants": [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]}, r"linear weight needs normalize"),
-    ],
-)
+# What the op refuses, as changes of op_arguments(), and what it says.
+BAD_ARGUMENTS = [
+    ({"x": torch.randn(3)}, r"x must be \[M, D\]"),
+    ({"x": torch.randn(0, 5)}, r"x must be \[M, D\]"),
+    ({"x": torch.ones(12, 5).int()}, r"x must be float32"),
+    ({"y": torch.randn(9, 4)}, r"y must be \[K, 5\]"),
+    ({"y": torch.randn(9, 5).double()}, r"y must be Float like x"),
+    ({"x_ids": IDS}, r"y_ids must be given with x_ids"),
+    ({"x_ids": IDS[:3], "y_ids": IDS[:9]}, r"x_ids must be \[12\]"),
+    ({"x_ids": IDS, "y_ids": IDS[:9].int()}, r"y_ids must be int64"),
+    ({"constants": [1.0]}, r"give six constants"),
+    ({"params": torch.ones(6)}, r"give six constants"),
+    ({"params": torch.ones(6).double(), "constants": []}, r"params must be \[6\], Float"),
+    ({"shift": 12}, r"shift must be in \[0, 12\)"),
+    ({"offset": -1}, r"offset must be at least 0"),
+    ({"y": None, "needs_grad": [True] * 3}, r"no gradient for y = None"),
+    ({"y": None, "needs_grad": [True, False, False], "shift": 1}, r"must be mutual"),
+    ({"constants": [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]}, r"linear weight needs normalize"),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD_ARGUMENTS)
 def test_the_op_checks_its_arguments(changes, message):
     with pytest.raises((ValueError, TypeError), match="pairwise_bce: .*" + message):
         torch.ops.mio_ext.pairwise_bce(*op_arguments(**changes))

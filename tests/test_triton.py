@@ -8,12 +8,13 @@ test sees an interpreted kernel. To run one by hand: TRITON_INTERPRET=1 pytest t
 
 import importlib.util
 import os
+import sys
 
 import pytest
 import torch
 from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, run_python, views
 from test_mio_loss import both
-from test_pairwise_bce import FORMS, assert_matches_reference, features
+from test_pairwise_bce import BAD_ARGUMENTS, FORMS, assert_matches_reference, features, op_arguments, run
 
 from mio_ext import mio_loss, ops
 
@@ -24,9 +25,9 @@ plain = pytest.mark.skipif(INTERPRETED, reason="runs outside the interpreter")
 TRITON = ("triton", "cpu")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def tf32():
-    """Lets float32 into the fused kernel. The interpreter has no TF32: products stay float32."""
+    """Lets TF32 into float32 products. The interpreter has none: products stay float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield
@@ -52,6 +53,42 @@ def test_resources_of_every_large_tile():
 
 
 @plain
+def test_the_check_of_resources_can_fail():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from triton_resources import Entry, Resources, compile_entry, faults, sweep_constants
+    finally:
+        sys.path.pop(0)
+    from mio_ext.triton_tiles import Tile
+
+    def entry(block_m, capability=90):
+        constants = sweep_constants(Tile(block_m, 32, 4, 2), "16-bit", 64)
+        return Entry("sweep_kernel", capability, "bf16", constants, 4, 2, "")
+
+    assert faults(entry(32), compile_entry(entry(32))) == ["HMMA where HGMMA is due"]
+    good = Resources(registers=128, shared=2**15, spills=0, matrix={"HGMMA": 8}, special=2.0)
+    assert faults(entry(64), good) == []
+    assert faults(entry(64, capability=100), good) == ["HGMMA where UTCHMMA is due"]
+    for change, fault in (
+        ({"spills": 3}, "3 spills"),
+        ({"shared": 2**18}, "too much shared memory"),
+        ({"matrix": {}}, "no matrix instruction where HGMMA is due"),
+        ({"matrix": {"HGMMA": 8, "HMMA": 4}}, "HGMMA and HMMA where HGMMA is due"),
+        ({"special": 0.0}, "no main loop"),
+        ({"special": 2.5}, "more than two special functions per logit"),
+    ):
+        assert faults(entry(64), good._replace(**change)) == [fault]
+
+
+@plain
+@pytest.mark.parametrize("capability, tiles_of", [(75, 80), (80, 80), (89, 80), (90, 90), (103, 100), (120, 80)])
+def test_which_tiles_a_gpu_takes(capability, tiles_of):
+    from mio_ext.triton_tiles import table_capability
+
+    assert table_capability(capability) == tiles_of
+
+
+@plain
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_why_it_cannot_run():
     z = torch.randn(4, 3)
@@ -66,18 +103,18 @@ def test_triton_is_imported_only_when_asked_for():
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
-@plain
-def test_schema_is_the_one_of_the_extension():
-    twin = str(torch.ops.mio_ext.pairwise_bce_triton.default._schema)
-    assert twin == str(torch.ops.mio_ext.pairwise_bce.default._schema).replace("pairwise_bce", "pairwise_bce_triton")
-
-
 @interpreted
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("m, k, d", [(1, 1, 1), (3, 7, 5), (65, 31, 32), (140, 200, 24), (20, 16, 300)])
 def test_matches_rows_against_columns(m, k, d, form):
     kwargs = {**FORMS[form], "shift": min(m - 1, FORMS[form].get("shift", 0))}
     assert_matches_reference(TRITON, *features(m, k, d, torch.float32), **kwargs)
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["normalised", "diagonal"])
+def test_matches_tf32(form, tf32):
+    assert_matches_reference(TRITON, *features(65, 31, 33, torch.float32), **FORMS[form])
 
 
 @interpreted
@@ -119,11 +156,10 @@ def test_mio_loss(batch, dim, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("d", [64, 150])
 @pytest.mark.parametrize("scale, bias", [(100.0, -10.0), (1.0, -10.0), (1.0, 50.0)])
-def test_extreme_logits(scale, bias, precision):
-    torch.set_float32_matmul_precision(precision)
-    x, y = (torch.nn.functional.normalize(t) for t in features(50, 40, 64, torch.float32))
+def test_extreme_logits(scale, bias, d):
+    x, y = (torch.nn.functional.normalize(t) for t in features(50, 40, d, torch.float32))
     y[:40] = torch.nn.functional.normalize(y[:40] + 2 * x[:40])
     weights = (1 / 50, 1 / 50, 0.0)
     assert_matches_reference(TRITON, x, y, scale=(scale, scale), bias=bias, weights=weights)
@@ -155,6 +191,39 @@ def _run(backend, x, y, dtype):
         x, y, scale=(5.0, 4.0), bias=-0.5, weights=(0.1, 0.01, 0.0), normalize=True, backend=backend
     )
     return loss, torch.autograd.grad(loss, (x, y))
+
+
+@interpreted
+@pytest.mark.parametrize("normalize", [False, True])
+def test_float32_rows_of_any_norm(normalize):
+    """Two float16 hold 22 bits of them whatever their exponent, and of their columns' σ too."""
+    x, y = features(40, 50, 20, torch.float32)
+    x = x * 2.0 ** torch.linspace(-60, 60, 40)[:, None]
+    y = y * 2.0 ** torch.linspace(60, -60, 50)[:, None]
+    scale = 4.0 if normalize else 2.0**-110
+    assert_matches_reference(TRITON, x, y, scale=(scale, scale), normalize=normalize)
+
+
+@interpreted
+def test_sigmoids_far_below_float16():
+    """Every σ is near e^-40, and still a float32 gradient is due."""
+    x, y = features(40, 30, 8, torch.float32)
+    kwargs = {"bias": -40.0, "offset": 30, "weights": (1.0, 1.0, 0.0)}
+    _, grads, _ = run("triton", x, y, **kwargs)
+    _, exact, _ = run("reference", x, y, torch.float64, **kwargs)
+    for g, e in zip(grads, exact, strict=True):
+        assert relative_error(g, e) < 2e-6
+
+
+@interpreted
+@pytest.mark.parametrize("changes, message", BAD_ARGUMENTS)
+def test_message_matches_the_cpu_backend(changes, message):
+    said = []
+    for op in (torch.ops.mio_ext.pairwise_bce, torch.ops.mio_ext.pairwise_bce_triton):
+        with pytest.raises((ValueError, TypeError), match="pairwise_bce: .*" + message) as error:
+            op(*op_arguments(**changes))
+        said.append((error.type, str(error.value)))
+    assert said[0] == said[1]
 
 
 @interpreted
@@ -248,7 +317,8 @@ def test_several_chunks(monkeypatch):
 
 
 @interpreted
-def test_mio_step_takes_at_most_four_launches(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mio_step_takes_at_most_four_launches(monkeypatch, dtype):
     """cat, prepare, sweep; backward scales and rounds in one more."""
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -257,7 +327,7 @@ def test_mio_step_takes_at_most_four_launches(monkeypatch):
     monkeypatch.setattr(
         InterpretedFunction, "run", lambda self, *a, **k: (launches.append(self), run(self, *a, **k))[1]
     )
-    mio_loss(*views(128, 128, torch.bfloat16), backend="triton").backward()
+    mio_loss(*views(128, 128, dtype), backend="triton").backward()
     assert len([f for f in launches if f.__name__.endswith("_kernel")]) == 2
 
 

@@ -20,7 +20,7 @@ def step(z1, z2, **kwargs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "batch, dim", [(2, 1), (128, 128), (129, 100), (700, 17), (2049, 129), (1500, 256), (1000, 770)]
+    "batch, dim", [(2, 1), (128, 128), (129, 100), (700, 17), (1100, 128), (2049, 129), (1500, 256), (1000, 770)]
 )
 def test_mio_loss(batch, dim, dtype):
     z1, z2 = views(batch, dim, dtype, "cuda")
@@ -100,6 +100,16 @@ def test_non_default_stream():
     torch.cuda.synchronize()
     assert relative_error(actual[0], expected[0]) < 1e-6
     assert relative_error(actual[1] * 2, expected[1]) < 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("dim", [128, 768])
+def test_features_on_another_device_than_the_current(dim):
+    z1, z2 = views(300, dim, torch.bfloat16, "cuda:1")
+    expected = step(*views(300, dim, torch.bfloat16, "cuda:0"))
+    with torch.cuda.device(0):
+        actual = step(z1, z2)
+    assert all(a.device.index == 1 and torch.equal(a.to("cuda:0"), e) for a, e in zip(actual, expected, strict=True))
 
 
 def test_compiles_into_one_graph():
