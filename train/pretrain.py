@@ -48,10 +48,11 @@ from train.optimizer import build_optimizer, learning_rate
 from train.probes import (
     Features,
     PairCosines,
-    evaluate,
+    evaluate_features,
     extract_features,
     format_table,
     knn_accuracy,
+    label_budgets,
     pair_cosines,
     rankme,
 )
@@ -260,7 +261,7 @@ class Trainer:
             split.images[order.to(split.images.device)],
             self.setup.preprocess.plain,
             self.setup.device,
-            self.setup.bfloat16,
+            bfloat16=self.setup.bfloat16,
         )
         labels, held_out = split.labels.cpu()[order], max(len(order) // 10, 1)
         accuracy = 100 * knn_accuracy(Features(rows[held_out:], labels[held_out:], rows[:held_out], labels[:held_out]))
@@ -307,7 +308,7 @@ def take_snapshot(setup: Setup) -> Snapshot:
     assert data.train is not None and data.test is not None
     generator = torch.Generator(setup.device).manual_seed(0)
     train, test = (
-        extract_features(model.backbone, s.images, preprocess.plain, setup.device, setup.bfloat16)
+        extract_features(model.backbone, s.images, preprocess.plain, setup.device, bfloat16=setup.bfloat16)
         for s in (data.train, data.test)
     )
     images = data.test.images[:1000]
@@ -392,10 +393,15 @@ def dry_run(config: Config, setup: Setup) -> None:
 def finish(config: Config, setup: Setup, folder: Path, log: RunLog, before: Snapshot, times: dict[str, float]) -> None:
     """Score the encoder beside raw pixels and itself untrained, and draw the plots."""
     after = take_snapshot(setup)
+    labels = after.features.train_labels
+    budgets = label_budgets(len(labels), len(labels.unique()))
     rows = {
-        "raw pixels": evaluate(raw_pixels(setup.data)),
-        "untrained encoder": evaluate(before.features),
-        "pre-trained encoder": evaluate(after.features),
+        name: evaluate_features(features, budgets=budgets)
+        for name, features in [
+            ("raw pixels", raw_pixels(setup.data)),
+            ("untrained encoder", before.features),
+            ("pre-trained encoder", after.features),
+        ]
     }
     log.write("results", rows=rows, **times)
     results = json.dumps({"rows": rows, **times, "config": asdict(config)}, indent=2)

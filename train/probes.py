@@ -1,39 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation on frozen features: linear probe with few and with all labels, and k-NN.
+"""Evaluation on frozen features: k-NN, linear probes with few and with all labels, effective rank.
 
-Nothing is chosen on the test split: the probe's regularisation is fixed for few labels; for all labels its
-learning rate and weight decay are chosen on a hold-out of the train split. The test split is scored once.
+Nothing is chosen on the test split: few labels have a fixed regularisation, all labels choose theirs on a
+hold-out of the train split, and the test split is scored once. Everything runs on the device of the
+features; the random choices are drawn on the CPU, so they are the same on every device.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from threadpoolctl import threadpool_limits  # comes with scikit-learn
 from torch import Tensor, nn
 
-SMALL_SET = 5000  #: below, few labels are 2 and 10 a class; from here on 1 % and 10 % of the train split
+NEIGHBOURS = 20  #: k and temperature of Wu et al. 2018 (arXiv 1805.01978) scaled to small data sets
 KNN_TEMPERATURE = 0.07
+DRAWS, DRAWS_OF_MANY, MANY_LABELS = 20, 5, 20  #: random label draws up to 20 labels a class, and above
 FEW_LABEL_C = 1.0  #: fixed a priori: choosing it would need more labels than there are
-LEARNING_RATES, WEIGHT_DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-5, 1e-4, 1e-3)
-PROBE_STEPS, PROBE_BATCH = 3000, 256
-PAIR_IMAGES = 1000  #: whose pairs the cosine plot shows
+LEARNING_RATES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  #: for features of mean squared norm 1
+WEIGHT_DECAYS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
+PROBE_EPOCHS, PROBE_STEPS = 30, 2000  #: the longer of the two: small sets need more epochs
+HOLD_OUT = 0.1
+PAIR_IMAGES = 1000
 
 
 class Features(NamedTuple):
-    """Frozen features of both splits with their labels, on the CPU."""
+    """Frozen features of both splits with their labels, all on one device."""
 
     train: Tensor  #: [n, F] float32
     train_labels: Tensor  #: [n]
     test: Tensor  #: [m, F] float32
     test_labels: Tensor  #: [m]
+
+
+class LinearResult(NamedTuple):
+    """What :func:`linear_probe` found; accuracies are shares in [0, 1]."""
+
+    accuracy: float  #: on the test split
+    learning_rate: float  #: chosen, for features of mean squared norm 1
+    weight_decay: float  #: chosen, same scale
+    holdout_accuracy: float  #: of the chosen setting, before it was retrained on the whole train split
+    at_edge: bool  #: the chosen setting has a neighbour outside the grid: a wider grid may do better
 
 
 class PairCosines(NamedTuple):
@@ -44,15 +55,29 @@ class PairCosines(NamedTuple):
 
 
 def pair_cosines(z1: Tensor, z2: Tensor) -> PairCosines:
-    """Positive pairs are (z1_i, z2_i), negative pairs all others; each unordered pair once, of the first
-    images only where there are many."""
-    z1, z2 = z1[:PAIR_IMAGES], z2[:PAIR_IMAGES]
-    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+    """Positive pairs are (z1_i, z2_i), negative pairs all others; each unordered pair once.
+
+    Of the views [n, D] the first 1,000 images count: the number of pairs grows with n².
+    """
+    n = min(len(z1), PAIR_IMAGES)
+    z = F.normalize(torch.cat([z1[:n], z2[:n]]).float(), dim=1)
     cosine = z @ z.T
-    row, column = torch.triu_indices(len(z), len(z), offset=1)
-    positive = column - row == len(z1)
+    row, column = torch.triu_indices(2 * n, 2 * n, offset=1, device=z.device)
+    positive = column - row == n
     values = cosine[row, column]
     return PairCosines(values[positive], values[~positive])
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Batch norm uses its running statistics inside; every module's own mode comes back afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.inference_mode()
@@ -61,169 +86,256 @@ def extract_features(
     images: Tensor,
     preprocess: Callable[[Tensor], Tensor],
     device: torch.device | None = None,
+    batch_size: int = 512,
     bfloat16: bool = False,
 ) -> Tensor:
-    """Output [n, F] for uint8 images [n, C, H, W], float32 on the CPU, batch norm in eval mode.
+    """Output [n, F] of ``network`` for uint8 ``images`` [n, C, H, W], float32 on the CPU.
 
-    Images are preprocessed chunk by chunk on ``device`` (None: where they are). The network's mode is
-    restored: nobody else has to know that it was looked at.
+    Chunk by chunk moved to ``device`` (that of the network unless given) and preprocessed there, so the
+    images may be larger than its memory. Batch norm in eval mode; the network is left as it was found.
     """
-    device = device or images.device
-    was_training = network.training
-    network.eval()
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            chunks = [network(preprocess(chunk.to(device))).float().cpu() for chunk in images.split(512)]
-    finally:
-        network.train(was_training)
+    device = device or next((p.device for p in network.parameters()), images.device)
+    with eval_mode(network), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        chunks = [network(preprocess(chunk.to(device))).float().cpu() for chunk in images.split(batch_size)]
     return torch.cat(chunks)
 
 
-def neighbours(n: int) -> int:
-    return 5 if n < SMALL_SET else 20
+def accuracy_of(predicted: Tensor, labels: Tensor) -> float:
+    return float((predicted == labels).double().mean())
 
 
-def knn_accuracy(features: Features, k: int | None = None, temperature: float = KNN_TEMPERATURE) -> float:
-    """Share of test samples that their k nearest train samples classify correctly.
+def knn_accuracy(features: Features, k: int = NEIGHBOURS, temperature: float = KNN_TEMPERATURE) -> float:
+    """Share of test samples that their k nearest train samples (cosine s) classify correctly.
 
-    Neighbours vote with exp(cosine / temperature), as in InstDisc (arXiv 1805.01978). k is 5 for small
-    train splits, else 20.
+    Neighbours vote with exp(s / temperature), as Wu et al. 2018 (arXiv 1805.01978, section 3.4). ``k`` is
+    at most the number of train samples; the similarities are formed for some test rows at a time.
     """
-    k = neighbours(len(features.train)) if k is None else k
-    train = F.normalize(features.train, dim=1)
-    classes, k, right = int(features.train_labels.max()) + 1, min(k, len(train)), 0
-    for test, labels in zip(features.test.split(1024), features.test_labels.split(1024), strict=True):
-        cosine, neighbour = (F.normalize(test, dim=1) @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(test), classes)
-        votes.scatter_add_(1, features.train_labels[neighbour], (cosine / temperature).exp())
-        right += int((votes.argmax(1) == labels).sum())
-    return right / len(features.test)
+    train, labels = F.normalize(features.train, dim=1), features.train_labels
+    k, classes = min(k, len(train)), int(labels.max()) + 1
+    correct = torch.zeros((), dtype=torch.long, device=train.device)
+    rows = max(1, 2**25 // len(train))  # 128 MB of similarities
+    for test, expected in zip(features.test.split(rows), features.test_labels.split(rows), strict=True):
+        similarity, neighbour = (F.normalize(test, dim=1) @ train.T).topk(k, dim=1)
+        votes = torch.zeros(len(test), classes, device=train.device)
+        votes.scatter_add_(1, labels[neighbour], (similarity / temperature).exp())
+        correct += (votes.argmax(1) == expected).sum()
+    return int(correct) / len(features.test)
 
 
-def label_budgets(features: Features) -> tuple[int, ...]:
-    """Labels per class behind the few-label columns."""
-    n, classes = len(features.train), len(features.train_labels.unique())
-    if n < SMALL_SET:
-        return (2, 10)
-    return tuple(max(1, min(round(share * n / classes), n)) for share in (0.01, 0.1))
-
-
-def draws_of(per_class: int) -> int:
-    """Random label draws behind each few-label number; more labels vary less."""
-    return 20 if per_class <= 20 else 5
-
-
-def label_draws(labels: Tensor, per_class: int, draws: int) -> list[np.ndarray]:
-    """Indices of ``per_class`` samples of every class, ``draws`` times; the same for every encoder."""
-    rng = np.random.default_rng(0)
-    classes = [np.flatnonzero(labels.numpy() == c) for c in np.unique(labels.numpy())]
-    return [np.concatenate([rng.choice(c, size=per_class, replace=False) for c in classes]) for _ in range(draws)]
-
-
-def scaled(features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Centred, with one common scale for all features, both taken from the train split.
+def scaled(features: Features) -> tuple[Tensor, Tensor]:
+    """Train and test features, centred, with one common scale for all of them, from the train split.
 
     A scale per feature would blow up pixels that are nearly always empty, which handicaps raw pixels.
     """
     mean = features.train.mean(0)
-    scale = (features.train - mean).square().mean().sqrt()
-    return ((features.train - mean) / scale).numpy(), ((features.test - mean) / scale).numpy()
+    train = features.train - mean
+    scale = train.square().mean().sqrt().clamp_min(torch.finfo(train.dtype).tiny)
+    return train.div_(scale), (features.test - mean).div_(scale)
 
 
-class LinearResult(NamedTuple):
-    accuracy: float  #: on the test split
-    learning_rate: float
-    weight_decay: float
-    holdout_accuracy: float  #: what the two were chosen by
-    at_edge: bool  #: the learning rate is the smallest or the largest of the grid
+def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices (chosen, rest) of ``labels`` [n]: ``share`` of every class, rounded down but at least one.
 
-
-def train_probes(x: Tensor, y: Tensor, classes: int, grid: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    """Linear classifiers [H, F, C] and [H, C], one for each (learning rate, weight decay), trained at once.
-
-    Minibatch SGD with momentum and a cosine to 0 on the softmax cross-entropy; all see the same batches.
+    In random order, on the device of the labels; drawn on the CPU, so equal on every device.
     """
-    rate, decay = (torch.tensor(values, dtype=x.dtype).view(-1, 1, 1) for values in zip(*grid, strict=True))
-    weight = torch.zeros(len(grid), x.shape[1] + 1, classes, dtype=x.dtype)  # the last row is the bias
-    velocity, ones = torch.zeros_like(weight), torch.ones(len(x), 1, dtype=x.dtype)
-    x, batch, generator = torch.cat([x, ones], dim=1), min(PROBE_BATCH, len(x)), torch.Generator().manual_seed(0)
-    for step in range(PROBE_STEPS):
-        index = torch.randint(len(x), (batch,), generator=generator)
-        rows, target = x[index], F.one_hot(y[index], classes)
-        error = (torch.einsum("bf,hfc->hbc", rows, weight).softmax(2) - target) / batch
-        gradient = torch.einsum("bf,hbc->hfc", rows, error)
-        gradient[:, :-1] += (decay * weight)[:, :-1]
-        velocity.mul_(0.9).add_(gradient)
-        weight -= rate * 0.5 * (1 + np.cos(np.pi * step / PROBE_STEPS)) * velocity
-    return weight[:, :-1], weight[:, -1]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels.cpu()[order]
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    for c in shuffled.unique():
+        members = (shuffled == c).nonzero().flatten()
+        chosen[members[: max(1, int(share * len(members) + 1e-9))]] = True  # 0.29 * 100 is 28.999…
+    return order[chosen].to(labels.device), order[~chosen].to(labels.device)
 
 
-def linear_probe(features: Features) -> LinearResult:
-    """All labels of the train split; learning rate and weight decay chosen on a tenth of it, then refitted."""
-    x, x_test = (torch.from_numpy(values) for values in scaled(features))
-    y, classes = features.train_labels, int(features.train_labels.max()) + 1
-    grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
-    fit, hold_out = train_test_split(np.arange(len(y)), test_size=0.1, stratify=y.numpy(), random_state=0)
-    weight, bias = train_probes(x[fit], y[fit], classes, grid)
-    right = (torch.einsum("bf,hfc->hbc", x[hold_out], weight) + bias[:, None]).argmax(2) == y[hold_out]
-    accuracy = right.double().mean(1)
-    best = int(accuracy.argmax())  # the first, most regularised one on a tie
-    weight, bias = train_probes(x, y, classes, [grid[best]])
-    test_accuracy = ((x_test @ weight[0] + bias[0]).argmax(1) == features.test_labels).double().mean()
-    at_edge = grid[best][0] in (min(LEARNING_RATES), max(LEARNING_RATES))
-    return LinearResult(float(test_accuracy), *grid[best], float(accuracy[best]), at_edge)
+def train_probes(
+    x: Tensor, y: Tensor, rows: Tensor, settings: Sequence[tuple[float, float]], epochs: int, batch: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """One linear classifier per (learning rate, weight decay), all trained at once; their weights and biases.
+
+    SGD with momentum 0.9, the learning rate falling to 0 along half a cosine, from zero weights, on the
+    ``rows`` of ``x`` [n, F] and ``y`` [n]. The minibatches are shared, so all H classifiers are one matrix
+    product and each is what it would be alone. Returns [H, F, C] and [H, C].
+    """
+    heads, classes, width = len(settings), int(y.max()) + 1, x.shape[1]
+    rate, decay = (x.new_tensor(column).view(heads, 1) for column in zip(*settings, strict=True))
+    weight, bias = x.new_zeros(width, heads, classes), x.new_zeros(heads, classes)
+    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    batch = min(batch, len(rows))
+    total, step = epochs * (len(rows) // batch), 0
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+        for index in order[: len(rows) // batch * batch].split(batch):
+            inputs = x[index]
+            error = (torch.mm(inputs, weight.flatten(1)).view(batch, heads, classes) + bias).softmax(2)
+            error.sub_(F.one_hot(y[index], classes)[:, None]).div_(batch)  # the gradient of the logits
+            gradient = torch.mm(inputs.T, error.flatten(1)).view_as(weight)
+            weight_velocity.mul_(0.9).add_(gradient).addcmul_(weight, decay)
+            bias_velocity.mul_(0.9).add_(error.sum(0))
+            now = rate * (0.5 + 0.5 * math.cos(math.pi * step / total))
+            weight.addcmul_(weight_velocity, now, value=-1)
+            bias.addcmul_(bias_velocity, now, value=-1)
+            step += 1
+    return weight.movedim(0, 1), bias
 
 
-def few_label_accuracy(features: Features, per_class: int, draws: int | None = None) -> tuple[float, float]:
-    """Mean and standard deviation over random draws of ``per_class`` labels per class."""
+def linear_probe(
+    features: Features,
+    *,
+    seed: int = 0,
+    epochs: int | None = None,
+    batch_size: int = 256,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+) -> LinearResult:
+    """Linear classifier on the whole train split, its learning rate and weight decay chosen on a tenth of it.
+
+    All settings of the grid are trained at once on the other nine tenths (stratified). The one with the best
+    hold-out accuracy (on a tie: the lowest hold-out loss) is trained again on the whole train split, and
+    only that classifier meets the test split. The same for features of any scale and offset. ``epochs``:
+    30, or as many as make 2,000 steps if that is more. Raises ValueError if no class has two samples.
+    """
     train, test = scaled(features)
-    y, y_test = features.train_labels.numpy(), features.test_labels.numpy()
-    scores = [
-        LogisticRegression(C=FEW_LABEL_C, max_iter=1000).fit(train[index], y[index]).score(test, y_test)
-        for index in label_draws(features.train_labels, per_class, draws or draws_of(per_class))
-    ]
-    return float(np.mean(scores)), float(np.std(scores, ddof=1))
+    for split in (train, test):
+        split.div_(math.sqrt(train.shape[1]))  # mean squared norm 1: the same learning rates for every width
+    y, grid = features.train_labels, [(lr, decay) for lr in learning_rates for decay in weight_decays]
+    fit, hold_out = stratified_split(y, 1 - HOLD_OUT, seed)
+    if not len(hold_out):
+        raise ValueError("linear_probe: no class has two samples, so there is nothing to choose the settings on")
+    batch = min(batch_size, max(1, len(fit) // 8))
+    epochs = epochs or max(PROBE_EPOCHS, math.ceil(PROBE_STEPS / (len(fit) // batch)))
+
+    weight, bias = train_probes(train, y, fit, grid, epochs, batch, seed)
+    scores = []
+    for head_weight, head_bias in zip(weight, bias, strict=True):
+        logits = torch.addmm(head_bias, train[hold_out], head_weight)
+        loss = float(F.cross_entropy(logits, y[hold_out]))
+        scores.append((accuracy_of(logits.argmax(1), y[hold_out]), -loss if math.isfinite(loss) else -math.inf))
+    best = max(range(len(grid)), key=lambda h: scores[h])
+    lr, decay = grid[best]
+    weight, bias = train_probes(train, y, torch.arange(len(y), device=y.device), [grid[best]], epochs, batch, seed)
+    predicted = torch.addmm(bias[0], test, weight[0]).argmax(1)
+    # No weight decay at all is the natural end of its range, not an edge.
+    edge = lr in (min(learning_rates), max(learning_rates)) or decay == max(weight_decays) > 0
+    return LinearResult(accuracy_of(predicted, features.test_labels), lr, decay, scores[best][0], edge)
 
 
-def evaluate(features: Features) -> dict[str, float]:
-    """One row of the table, in percent.
+def label_budgets(n: int, classes: int) -> tuple[int, ...]:
+    """Labels per class of the few-label columns: 1 % and 10 % of ``n`` samples, or 2 and 10 below 5,000."""
+    if n < 5000:
+        return (2, 10)
+    return tuple(max(1, round(share * n / classes)) for share in (0.01, 0.1))
 
-    One thread for scikit-learn: its fits are so small that more of them only wait for each other.
+
+def label_draws(labels: Tensor, per_class: int, draws: int) -> list[Tensor]:
+    """Indices of ``per_class`` samples of every class, ``draws`` times; the same for every encoder.
+
+    Raises ValueError where a class of ``labels`` [n] has fewer than ``per_class`` samples.
     """
+    counts = labels.bincount()
+    if (least := int(counts[counts > 0].min())) < per_class:
+        raise ValueError(f"label_draws: {per_class} labels a class asked for, but a class has only {least} samples")
+    generator = torch.Generator().manual_seed(0)
+    members = [(labels == c).nonzero().flatten() for c in counts.nonzero().flatten()]
+    return [
+        torch.cat([m[torch.randperm(len(m), generator=generator)[:per_class].to(m.device)] for m in members])
+        for _ in range(draws)
+    ]
+
+
+def fit_logistic(x: Tensor, y: Tensor, c: float, classes: int) -> Tensor:
+    """Multinomial logistic regression, weights and bias [F + 1, classes], by full-batch L-BFGS.
+
+    The objective is scikit-learn's, C Σ cross-entropy + ‖W‖² / 2 with a free bias, divided by C n, and so is the tolerance.
+    """
+    parameters = x.new_zeros(x.shape[1] + 1, classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [parameters], max_iter=500, tolerance_grad=1e-4, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(torch.addmm(parameters[-1], x, parameters[:-1]), y)
+        loss = loss + parameters[:-1].square().sum() / (2 * c * len(y))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return parameters.detach()
+
+
+def draws_for(per_class: int) -> int:
+    """Random draws behind a few-label number: fewer labels vary more."""
+    return DRAWS if per_class <= MANY_LABELS else DRAWS_OF_MANY
+
+
+def few_label_accuracy(features: Features, per_class: int, draws: int) -> tuple[float, float]:
+    """Mean and standard deviation of the test accuracy over random draws of ``per_class`` labels per class."""
+    train, test = scaled(features)
+    y, classes = features.train_labels, int(features.train_labels.max()) + 1
+    scores = []
+    for index in label_draws(y, per_class, draws):
+        fitted = fit_logistic(train[index], y[index], FEW_LABEL_C, classes)
+        scores.append(accuracy_of(torch.addmm(fitted[-1], test, fitted[:-1]).argmax(1), features.test_labels))
+    values = torch.tensor(scores, dtype=torch.float64)
+    return float(values.mean()), float(values.std()) if draws > 1 else 0.0
+
+
+def rankme(z: Tensor) -> Tensor:
+    """Effective rank of embeddings ``z`` [n, D]: exp of the entropy of their normalised singular values.
+
+    RankMe, Garrido et al. 2023 (arXiv 2210.02885), eq. (1), without its ε, from the eigenvalues of the
+    smaller Gram matrix in float64. 0-dim on the device of ``z``; NaN where ``z`` is not finite. Nothing is
+    read back to the host here, though torch's eigensolver itself waits for a CUDA device.
+    """
+    z = z.detach().double()
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
+    finite = gram.isfinite().all()
+    gram = torch.where(finite, gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    share = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
+    return torch.where(finite, (-torch.xlogy(share, share).sum()).exp(), torch.nan)
+
+
+def evaluate_features(features: Features, *, budgets: Sequence[int], draws: int | None = None) -> dict[str, float]:
+    """One row of the table, in percent: linear_<n> and linear_<n>_std per budget, linear_all, knn.
+
+    A budget that the smallest class cannot meet has no column. ``draws`` overrides :func:`draws_for`.
+    """
+    counts = features.train_labels.bincount()
     row: dict[str, float] = {}
-    with threadpool_limits(1):
-        for per_class in label_budgets(features):
-            mean, std = few_label_accuracy(features, per_class)
+    for per_class in budgets:
+        if per_class <= int(counts[counts > 0].min()):
+            mean, std = few_label_accuracy(features, per_class, draws or draws_for(per_class))
             row[f"linear_{per_class}"], row[f"linear_{per_class}_std"] = 100 * mean, 100 * std
     row["linear_all"] = 100 * linear_probe(features).accuracy
     row["knn"] = 100 * knn_accuracy(features)
     return row
 
 
-def format_table(rows: dict[str, dict[str, float]], title: str) -> str:
-    """The results as plain text, one line per encoder; rows as :func:`evaluate` gives them."""
-    first = next(iter(rows.values()))
-    budgets = [int(key.split("_")[1]) for key in first if key.endswith("_std")]
-    header = ["", *(f"linear, {n}/class" for n in budgets), "linear, all", "k-NN"]
-    body: list[Sequence[str]] = [header]
-    for name, row in rows.items():
-        few = [f"{row[f'linear_{n}']:.1f} ± {row[f'linear_{n}_std']:.1f}" for n in budgets]
-        body.append([name, *few, f"{row['linear_all']:.1f}", f"{row['knn']:.1f}"])
+def format_table(rows: dict[str, dict[str, float]], title: str, draws: int | None = None) -> str:
+    """The rows of :func:`evaluate_features` as plain text, one line per encoder; columns follow their keys.
+
+    ``draws`` is what :func:`evaluate_features` was given.
+    """
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row if not key.endswith("_std")))
+    names = {"linear_all": "linear, all", "knn": f"{NEIGHBOURS}-NN"}
+    header = ["", *(names.get(key) or f"linear, {key.removeprefix('linear_')}/class" for key in keys)]
+
+    def cell(row: dict[str, float], key: str) -> str:
+        if key not in row:
+            return "–"
+        return f"{row[key]:.1f}" + (f" ± {row[f'{key}_std']:.1f}" if f"{key}_std" in row else "")
+
+    body = [header, *([name, *(cell(row, key) for key in keys)] for name, row in rows.items())]
     widths = [max(len(line[i]) for line in body) for i in range(len(header))]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in body
     ]
-    draws = ", ".join(str(draws_of(n)) for n in budgets)
-    note = f"n/class: mean ± std over {draws} random draws of labels, the same draws for every encoder"
-    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:], note])
-
-
-def rankme(z: Tensor) -> Tensor:
-    """Effective rank of embeddings [n, D], between 1 and D: exp of the entropy of the singular values.
-
-    0-dim on the embeddings' device. Source: Garrido et al., arXiv 2210.02885, eq. (1).
-    """
-    squares = torch.linalg.eigvalsh(z.double().T @ z.double()).clamp(min=0)
-    share = squares.sqrt() / squares.sqrt().sum()
-    return torch.special.entr(share).sum().exp()
+    table = [title, lines[0], "-" * len(lines[0]), *lines[1:]]
+    counts = [draws or draws_for(int(key.removeprefix("linear_"))) for key in keys if key not in names]
+    if counts:
+        number = " and ".join(dict.fromkeys(map(str, counts)))
+        table.append(f"n/class: mean ± std over {number} random draws of labels, the same draws for every encoder")
+    return "\n".join(table)
