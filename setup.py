@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds mio_ext._C: `python setup.py build_ext` (in place), in any environment that has torch.
 
-CUDA kernels are built where there is a CUDA toolkit, with a GPU or without; FORCE_CUDA=0 or 1 decides instead.
-TORCH_CUDA_ARCH_LIST changes what they are built for.
+CUDA kernels are built on request, FORCE_CUDA=1, with a GPU or without: they have not run on a GPU yet, so nobody
+else should wait for their compilation. TORCH_CUDA_ARCH_LIST changes what they are built for.
 """
 
 import os
@@ -34,8 +34,7 @@ def sources(*patterns: str) -> list[str]:
 
 def with_cuda() -> bool:
     """Whether to build the CUDA kernels; exits where FORCE_CUDA=1 asks for what cannot be."""
-    force = os.environ.get("FORCE_CUDA", "")
-    if force == "0":
+    if os.environ.get("FORCE_CUDA") != "1":
         return False
     reason = None
     if CUDA_HOME is None:
@@ -44,11 +43,9 @@ def with_cuda() -> bool:
         reason = f"torch {torch.__version__} was built without CUDA"
     elif (version := toolkit_version()) != torch.version.cuda.split(".")[0]:
         reason = f"the CUDA toolkit is version {version}, but torch was built with {torch.version.cuda}"
-    if reason and force == "1":
-        sys.exit(f"mio_ext: FORCE_CUDA=1, but {reason}")
     if reason:
-        print(f"mio_ext: building without CUDA kernels: {reason}")
-    return reason is None
+        sys.exit(f"mio_ext: FORCE_CUDA=1, but {reason}")
+    return True
 
 
 def toolkit_version() -> str:

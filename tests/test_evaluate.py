@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
 """evaluate.py and export.py on a short run."""
 
 import json

@@ -246,7 +246,8 @@ def label_draws(labels: Tensor, per_class: int, draws: int) -> list[Tensor]:
 def fit_logistic(x: Tensor, y: Tensor, c: float, classes: int) -> Tensor:
     """Multinomial logistic regression, weights and bias [F + 1, classes], by full-batch L-BFGS.
 
-    The objective is scikit-learn's, C Σ cross-entropy + ‖W‖² / 2 with a free bias, divided by C n, and so is the tolerance.
+    The objective is scikit-learn's, C Σ cross-entropy + ‖W‖² / 2 with a free bias, divided by C n, and so is the
+    tolerance.
     """
     parameters = x.new_zeros(x.shape[1] + 1, classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
