@@ -353,11 +353,18 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_batches_cover_an_epoch_once_and_are_shuffled():
-    batches = list(pretrain.random_batches(10, 3, 2, torch.Generator().manual_seed(0)))
-    assert [len(batch) for batch in batches] == [3] * 6
-    first, second = torch.cat(batches[:3]), torch.cat(batches[3:])
-    assert first.unique().numel() == second.unique().numel() == 9
-    assert not torch.equal(first, second)
+    cpu = torch.device("cpu")
+    batches = list(pretrain.random_batches(10, 3, 0, 0, 6, cpu))
+    assert [len(batch) for batch in batches] == [3] * 6  # 10 = 3 * 3 + 1: the incomplete batch is dropped
+    epochs = [torch.cat(batches[:3]).tolist(), torch.cat(batches[3:]).tolist()]
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != sorted(epochs[0])
+    for start in (1, 3, 4):  # a resumed run goes on with the same batches
+        rest = list(pretrain.random_batches(10, 3, 0, start, 6, cpu))
+        assert all(torch.equal(a, b) for a, b in zip(rest, batches[start:], strict=True))
+    other = next(pretrain.random_batches(10, 3, 1, 0, 1, cpu))
+    assert other.tolist() != batches[0].tolist()
 
 
 def test_weight_decay_spares_biases_and_batch_norm():
