@@ -352,6 +352,15 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert rates[100] == pytest.approx(0.0)
 
 
+def test_schedule_by_epoch_holds_the_rate_within_an_epoch(tmp_path):
+    """As the paper's code: two epochs of warm-up to 0.6, then half a cosine over the other two."""
+    options = ["--subset", "0.05", "--epochs", "4", "--warmup-epochs", "2", "--log-every", "1", "--no-evaluate"]
+    arguments = [*SMALL, *options, "--learning-rate", "0.6", "--schedule-by", "epoch", "--output", str(tmp_path / "r")]
+    assert pretrain.run(arguments) == 0
+    rates = [entry["lr"] for entry in read_log(tmp_path / "r") if entry["event"] == "train"]
+    assert rates == pytest.approx([0.2] * 4 + [0.4] * 4 + [0.6] * 4 + [0.3] * 4)  # 72 images: 4 steps an epoch
+
+
 def test_batches_cover_an_epoch_once_and_are_shuffled():
     cpu = torch.device("cpu")
     batches = list(pretrain.random_batches(10, 3, 0, 0, 6, cpu))

@@ -62,6 +62,10 @@ class Config:
     learning_rate: float = option("optimisation", 0.5, "peak, after the warm-up", above=0)
     warmup_epochs: float = option("optimisation", 5.0, "linear warm-up, then cosine to 0", least=0)
     schedule_epochs: int | None = option("optimisation", None, "where the cosine ends; none: with the run", least=1)
+    schedule_by: str = option(
+        "optimisation", "step", "what changes the learning rate: every step, or every epoch, as mio-v1",
+        choices=("step", "epoch"),
+    )  # fmt: skip
     momentum: float = option("optimisation", 0.9, "of SGD and LARS; beta1 of AdamW", least=0, most=1)
     weight_decay: float = option("optimisation", 5e-4, "not on biases and batch norm", least=0)
     decay_shortcuts: bool = option("optimisation", False, "weight decay on the shortcuts' batch norm too, as mio-v1")

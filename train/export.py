@@ -13,14 +13,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from train.model import build_backbone
@@ -49,6 +49,12 @@ def export_encoder(backbone: nn.Module, architecture: dict[str, object], path: P
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The ``architecture`` that an encoder was exported with."""
+    with safe_open(path, framework="pt") as file:
+        return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+
+
 def load_encoder(path: str | Path) -> Encoder:
     """The encoder in ``path``, a file of :func:`export_encoder` or a run folder.
 
@@ -57,9 +63,7 @@ def load_encoder(path: str | Path) -> Encoder:
     """
     path = Path(path) / ENCODER if Path(path).is_dir() else Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about, tensors = read_metadata(path), load_file(path)
         network, _ = build_backbone(about["backbone"], about["channels"], about["stem"], about["stem_padding"])
         network.load_state_dict(tensors, strict=True)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:

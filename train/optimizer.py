@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, total: float, warmup: float, peak: float) -> float:
-    """Linear warm-up, then half a cosine that reaches 0 after ``total`` steps; steps count from 0."""
+    """Linear warm-up, then half a cosine that reaches 0 after ``total`` steps; steps (or epochs) count from 0."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from train.augment import Preprocess, ViewRanges
+from train.card import write_card
 from train.config import Config, check_same, load_config, parse_arguments
 from train.data import ImageData, load_data, prefetch
 from train.device import check_loss_backend, choose_device, is_out_of_memory, use_bfloat16, versions
@@ -223,12 +224,13 @@ class Trainer:
         """From the current step to the last; saves on the way, on Ctrl-C and on SIGTERM."""
         config = self.config
         last = min(self.total, config.limit_steps or self.total)
-        schedule = (config.schedule_epochs or config.epochs) * self.steps_per_epoch
-        warmup = config.warmup_epochs * self.steps_per_epoch
+        unit = self.steps_per_epoch if config.schedule_by == "epoch" else 1
+        schedule = (config.schedule_epochs or config.epochs) * self.steps_per_epoch // unit
+        warmup = config.warmup_epochs * self.steps_per_epoch / unit
         self.setup.model.train()
         with StopRequest() as stop, Progress(last * config.batch_size, self.step * config.batch_size) as progress:
             for images in self.batches(self.step, last):
-                rate = learning_rate(self.step, schedule, warmup, config.learning_rate)
+                rate = learning_rate(self.step // unit, schedule, warmup, config.learning_rate)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 loss, stats, z = self.loss_of(images, self.step)
@@ -361,8 +363,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, checkpoint = open_run(config, setup)
     log = RunLog(folder, None if checkpoint is None else checkpoint["step"])
     event = "start" if checkpoint is None else "resume"
-    log.write(event, command=shlex.join(["python", *sys.argv]), config=asdict(config), versions=versions(setup.device))
     n = len(setup.data.pretrain)
+    command = shlex.join(["python", *sys.argv])
+    facts = {"data": setup.data.name, "images": n, "versions": versions(setup.device)}
+    log.write(event, command=command, config=asdict(config), **facts)
     print(f"{setup.data.name}: {n} training images on {setup.device}, run folder {folder}", flush=True)
 
     scored = config.evaluate and setup.data.train is not None
@@ -378,6 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     export_encoder(setup.model.backbone, setup.architecture, folder / ENCODER)
     if before is not None:
         finish(config, setup, folder, log, before, times)
+    write_card(folder)
     log.close()
     print(f"trained in {times['seconds']:.0f} s; encoder, log, checkpoint and results are in {folder}")
 

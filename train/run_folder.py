@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS = (
 )
 LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT = "loss.png", "cosines.png", "embedding.png"
 ENCODER, CARD = "encoder.safetensors", "README.md"
+TENSORBOARD = "events.out.tfevents.*"
 RUN_FILES = (LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS, LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT, ENCODER, CARD)
 
 
@@ -48,15 +50,16 @@ def create_run_folder(output: str | None, name: str, overwrite: bool) -> Path:
                 f"--output {folder} is not empty: choose another folder, --resume {folder} to go on, or --overwrite"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in RUN_FILES:  # old results beside a new log would mislead
-            (folder / stale).unlink(missing_ok=True)
+        stale = [folder / name for name in RUN_FILES]  # old results beside a new log would mislead
+        for path in [*stale, *folder.glob(TENSORBOARD), *folder.glob("evaluation-*.json")]:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot use the run folder {folder}: {error.strerror or error}") from error
     return folder
 
 
 class RunLog:
-    """JSON lines, flushed at once so that a crash loses nothing, and the same metrics as a CSV table.
+    """JSON lines, flushed at once so that a crash loses nothing; the same metrics as a CSV table and for TensorBoard.
 
     A resumed run keeps what was logged up to its checkpoint's step and drops what a kill left after it.
     """
@@ -75,6 +78,7 @@ class RunLog:
         self.table: csv.DictWriter[str] | None = None
         for entry in self.history:
             self._write_row(entry)
+        self.tensorboard = tensorboard_writer(folder, None if resumed_step is None else resumed_step + 1)
 
     def write(self, event: str, **fields: Any) -> None:
         entry = {"event": event, **fields}
@@ -83,6 +87,10 @@ class RunLog:
         if event == "train":
             self.history.append(entry)
             self._write_row(entry)
+        if self.tensorboard is not None and event in ("train", "knn"):
+            scalars = {key: value for key, value in fields.items() if key not in ("epoch", "step")}
+            for key, value in scalars.items():
+                self.tensorboard.add_scalar(f"{event}/{key}", value, fields["step"])
 
     def _write_row(self, entry: dict[str, Any]) -> None:
         if self.table is None:
@@ -94,6 +102,18 @@ class RunLog:
     def close(self) -> None:
         self.file.close()
         self.csv_file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def tensorboard_writer(folder: Path, purge_step: int | None) -> Any:
+    """Writes the event file of one process; TensorBoard hides what earlier ones logged from ``purge_step`` on."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("nothing for TensorBoard: pip install tensorboard", file=sys.stderr)
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
