@@ -120,7 +120,8 @@ def product_of(dtype: torch.dtype, d: int) -> str | None:
     """What the fused kernel multiplies, a key of FUSED_WIDTH; None: the chunked path is to be taken."""
     if dtype == torch.float64:
         return None
-    exact = torch.get_float32_matmul_precision() == "highest"
+    # What torch.set_float32_matmul_precision() sets too; its getter fails once someone has set this one.
+    exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     product = "16-bit" if dtype.itemsize == 2 else "fp16x3" if exact else "tf32"
     return product if d <= FUSED_WIDTH[product] else None
 
