@@ -142,7 +142,9 @@ class Job:
         self.dx = x.new_empty(x.shape if call.needs_grad[0] else 0, dtype=dtype)
         self.dy = x.new_empty(y.shape if y is not None and call.needs_grad[1] else 0, dtype=dtype)
         self.dparams = x.new_empty(6 if call.needs_grad[2] else 0, dtype=dtype)
-        if dtype == torch.float64 and params is None:
+        if params is not None:
+            params = params.contiguous()
+        elif dtype == torch.float64:
             # A kernel's float argument is float32.
             params = torch.stack([torch.full((), c, dtype=dtype, device=x.device) for c in call.constants])
         self.coef = x.new_empty(10, dtype=dtype)
