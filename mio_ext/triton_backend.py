@@ -223,7 +223,6 @@ class Job:
         # The gradients are made where they are returned, unless padding is in the way.
         dx = self.dx if x.z.shape == self.dx.shape else self.coef.new_empty(x.z.shape if want_dx else 0)
         dy = self.dy if y.z.shape == self.dy.shape else self.coef.new_empty(y.z.shape if want_dy else 0)
-        dy.zero_()
         for row0 in range(0, x.n_pad, chunk):
             n_rows = min(chunk, x.n_pad - row0)
             rows = x.z[row0 : row0 + n_rows]
@@ -237,7 +236,7 @@ class Job:
             if want_dx:
                 product_into(dx[row0 : row0 + n_rows], g[:n_rows], y.z)  # (9)
             if want_dy:
-                product_into(dy, g[:n_rows].T, rows, accumulate=True)
+                product_into(dy, g[:n_rows].T, rows, accumulate=row0 > 0)
         chunked_kernels.results_kernel[(1,)](
             sums, sums.shape[0], self.coef, self.loss, self.stats, self.dparams, DPARAMS=want_dparams
         )
