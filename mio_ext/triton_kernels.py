@@ -63,7 +63,7 @@ def matmul(a, b, acc):
 def power_of_two(largest, exponent: tl.constexpr):
     """The power of two p with largest · p in [2^exponent, 2^(exponent + 1)), if neither is out of range; and 1/p."""
     field = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    field = tl.minimum(tl.maximum(254 + exponent - field, 1), 253)
+    field = tl.minimum(tl.maximum(-field + (254 + exponent), 1), 253)  # Triton 3.8 cannot interpret constant - tensor
     return (field << 23).to(tl.float32, bitcast=True), ((254 - field) << 23).to(tl.float32, bitcast=True)
 
 
