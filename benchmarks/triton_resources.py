@@ -145,9 +145,10 @@ def compile_entry(entry: Entry) -> Resources:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*" + types.get(name, loss_type)
-            attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in ("a_p", "a_n", "b", "w_p", "w_n", "w_l") else "i32"
+        if name.endswith("_ptr") or name in ("m_pad", "k_pad", "n_pad", "stride_g"):
+            attrs[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=entry.constants, attrs=attrs),
         target=GPUTarget("cuda", entry.capability, 32),

@@ -173,7 +173,7 @@ def store_coef(
     tl.store(coef_ptr + 9, w_l)
 
 
-@triton.jit(do_not_specialize=["n", "d", "n_pad", "counters", "a_p", "a_n", "b", "w_p", "w_n", "w_l"])
+@triton.jit(do_not_specialize=["n", "d", "counters", "a_p", "a_n", "b", "w_p", "w_n", "w_l"])
 def prepare_kernel(
     z_ptr,  # [n, d], any strides
     out_ptr,  # [n_pad, WIDTH]; fp16x3: [2, n_pad, WIDTH], high and low halves
@@ -381,7 +381,7 @@ def sweep_kernel(
             write_results(sums_ptr, programs, coef_ptr, loss_ptr, stats_ptr, dparams_ptr, DPARAMS)
 
 
-@triton.jit(do_not_specialize=["n", "n_pad", "d", "splits"])
+@triton.jit(do_not_specialize=["n", "d", "splits"])
 def project_kernel(
     g_ptr,  # [splits, n_pad, WIDTH] the rows' gradient over the unit, in parts; may be dz_ptr's memory
     z_ptr,  # [n_pad, WIDTH], prepared; fp16x3: [2, n_pad, WIDTH]
