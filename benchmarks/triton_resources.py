@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import importlib.metadata
 import multiprocessing
 import re
 import subprocess
@@ -236,6 +237,7 @@ def main() -> None:
     entries = sweep_entries(args.quick) + ([] if args.quick else other_entries())
     context = multiprocessing.get_context("spawn")
     bad = 0
+    print(f"Triton {importlib.metadata.version('triton')}")
     print(ROW.format("cc", "kernel", "type", "tile", "what", "regs", "KiB", "spills", "matrix", "MUFU/logit"))
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         for entry, found in zip(entries, pool.map(compile_entry, entries), strict=True):
