@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import importlib.metadata
 import multiprocessing
 import re
 import subprocess
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mio_ext.triton_tiles import TILES, Tile, tile_for  # noqa: E402
+from mio_ext.triton_tiles import SLICE_WIDTH, TILES, Tile, tile_for  # noqa: E402
 
 #: Generation (compute capability / 10) -> what its tensor cores' instruction is called.
 MATRIX = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
@@ -36,9 +37,11 @@ LEGACY = {
     (90, "tf32", 256, "labels"),
     (90, "tf32", 256, "small"),
     (90, "fp16x3", 128, "labels"),
+    (90, "fp16x3", 256, "labels"),
     (100, "tf32", 256, "labels"),
     (100, "tf32", 256, "small"),
     (100, "tf32", 256, "large"),
+    (100, "fp16x3", 256, "labels"),
 }
 #: Any of them, dense or sparse, of any type, in machine code.
 ANY_MATRIX = r"\b(?:[HIDQB]MMA|[HIQ]GMMA|UTC[A-Z]*MMA)\b"
@@ -66,9 +69,10 @@ class Resources(NamedTuple):
     special: float | None  # MUFU per logit in the main loop
 
 
-def sweep_constants(tile: Tile, product: str, width: int, **flags: bool) -> dict[str, Any]:
+def sweep_constants(tile: Tile, product: str, width: int, **flags: Any) -> dict[str, Any]:
     """The constants of sweep_kernel; by default the row gradient and the loss, and nothing else."""
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": width, "PRODUCT": product}
+    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": min(width, SLICE_WIDTH[product])}
+    constants |= {"WIDTH": width, "SLICE": 0, "PRODUCT": product}
     constants |= dict.fromkeys(("NORMALIZE", "HAS_IDS", "EXCLUDE_SELF", "TRANSPOSED", "DPARAMS", "FINISH"), False)
     return constants | {"GRAD": True, "LOSS": True} | flags
 
@@ -86,11 +90,19 @@ def sweep_entries(quick: bool) -> list[Entry]:
     for capability, product, width in TILES:
         if quick and product != "16-bit":
             continue
+        sliced = width > SLICE_WIDTH[product]
         for name, flags in variants.items():
+            if sliced and "FINISH" in flags:
+                continue
             tile = tile_for(capability, product, width, "FINISH" in flags, "HAS_IDS" in flags)
             constants = sweep_constants(tile, product, width, **flags)
             dtype = "bf16" if product == "16-bit" else "fp32"
             entries.append(Entry("sweep_kernel", capability, dtype, constants, tile.warps, tile.stages, name))
+            if sliced and name == "mio":  # the second slice's sweep has no sums
+                second = constants | {"SLICE": constants["BLOCK_D"], "LOSS": False}
+                entries.append(
+                    Entry("sweep_kernel", capability, dtype, second, tile.warps, tile.stages, "mio, 2nd slice")
+                )
     return entries
 
 
@@ -145,9 +157,10 @@ def compile_entry(entry: Entry) -> Resources:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*" + types.get(name, loss_type)
-            attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in ("a_p", "a_n", "b", "w_p", "w_n", "w_l") else "i32"
+        if name.endswith("_ptr") or name in ("m_pad", "k_pad", "n_pad", "stride_g"):
+            attrs[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=entry.constants, attrs=attrs),
         target=GPUTarget("cuda", entry.capability, 32),
@@ -205,7 +218,7 @@ def faults(entry: Entry, found: Resources) -> list[str]:
     if entry.kernel == "sweep_kernel":
         c = entry.constants
         launch = "labels" if c["HAS_IDS"] else "small" if c["FINISH"] else "large"
-        legacy = (entry.capability, c["PRODUCT"], c["BLOCK_D"], launch) in LEGACY
+        legacy = (entry.capability, c["PRODUCT"], c["WIDTH"], launch) in LEGACY
         due = "HMMA" if legacy else MATRIX[entry.capability // 10]
         if set(found.matrix) != {due}:
             wrong.append(f"{' and '.join(sorted(found.matrix)) or 'no matrix instruction'} where {due} is due")
@@ -224,12 +237,13 @@ def main() -> None:
     entries = sweep_entries(args.quick) + ([] if args.quick else other_entries())
     context = multiprocessing.get_context("spawn")
     bad = 0
+    print(f"Triton {importlib.metadata.version('triton')}")
     print(ROW.format("cc", "kernel", "type", "tile", "what", "regs", "KiB", "spills", "matrix", "MUFU/logit"))
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         for entry, found in zip(entries, pool.map(compile_entry, entries), strict=True):
             c = entry.constants
             sweep = "BLOCK_D" in c and "BLOCK_N" in c
-            tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_D']} {entry.warps}w{entry.stages}s" if sweep else ""
+            tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['WIDTH']} {entry.warps}w{entry.stages}s" if sweep else ""
             special = "" if found.special is None else f"{found.special:.2f}"
             wrong = faults(entry, found)
             bad += bool(wrong)

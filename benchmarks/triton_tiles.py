@@ -71,9 +71,9 @@ def main() -> None:
     capability = 10 * major + minor
     path = ROOT / "mio_ext" / "triton_tiles.py"
     text = path.read_text()
-    products = triton_backend.FUSED_WIDTH.items()
-    for (name, rows), (product, widest), width in itertools.product(SIZES.items(), products, (64, 128, 256)):
-        if width > widest:
+    products = triton_tiles.SLICE_WIDTH.items()
+    for (name, rows), (product, slice_width), width in itertools.product(SIZES.items(), products, (64, 128, 256)):
+        if width > slice_width and name == "SMALL_TILES":
             continue
         torch.set_float32_matmul_precision("highest" if product == "fp16x3" else "high")
         best = None

@@ -25,6 +25,8 @@ try:
 except ImportError as error:
     _build_error = str(error)
 
+#: Triton is imported only when asked for, and looked for only here: torch.compile of 2.11 cannot trace find_spec.
+_has_triton = importlib.util.find_spec("triton") is not None
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
@@ -38,7 +40,7 @@ def unavailable_reason(backend: str) -> str | None:
     if backend in ("cpu", "triton") and extension is None:
         return f"the extension is not built ({_build_error}); run: python setup.py build_ext"
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _has_triton:
             return "Triton is not installed"
         return None if torch.cuda.is_available() or _interpreted() else "there is no CUDA GPU"
     if backend == "cuda":
@@ -163,6 +165,7 @@ class PairwiseBCE(torch.autograd.Function):
         ctx.needs_grad = rest[-1]
         ctx.dtype = x.dtype
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # zeros for stats would be a kernel launch
         return loss, stats
 
     @staticmethod

@@ -19,14 +19,14 @@ import triton
 from torch import Tensor
 
 from . import triton_chunked, triton_kernels
-from .triton_tiles import Tile, tile_for
+from .triton_tiles import SLICE_WIDTH, Tile, tile_for
 
 #: Launches are untyped.
 kernels: Any = triton_kernels
 chunked_kernels: Any = triton_chunked
 
-#: Widest row of the fused kernel, by what it multiplies: see triton_kernels.py.
-FUSED_WIDTH = {"16-bit": 256, "tf32": 256, "fp16x3": 128}
+#: Widest row of the fused kernel.
+FUSED_WIDTH = 256
 #: Bytes of a chunk's float32 logits on the wide path, which bound its memory.
 CHUNK_BYTES = 512 * 2**20
 #: Up to this many rows the sweep also finishes the gradient: launches weigh more than registers.
@@ -117,12 +117,12 @@ def pairwise_bce(*arguments: Any) -> Outputs:
 
 
 def product_of(dtype: torch.dtype, d: int) -> str | None:
-    """What the fused kernel multiplies, a key of FUSED_WIDTH; None: the chunked path is to be taken."""
-    if dtype == torch.float64:
+    """What the fused kernel multiplies, see triton_kernels.py; None: the chunked path is to be taken."""
+    if dtype == torch.float64 or d > FUSED_WIDTH:
         return None
-    exact = torch.get_float32_matmul_precision() == "highest"
-    product = "16-bit" if dtype.itemsize == 2 else "fp16x3" if exact else "tf32"
-    return product if d <= FUSED_WIDTH[product] else None
+    # What torch.set_float32_matmul_precision() sets too; its getter fails once someone has set this one.
+    exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "16-bit" if dtype.itemsize == 2 else "fp16x3" if exact else "tf32"
 
 
 class Job:
@@ -141,7 +141,9 @@ class Job:
         self.dx = x.new_empty(x.shape if call.needs_grad[0] else 0, dtype=dtype)
         self.dy = x.new_empty(y.shape if y is not None and call.needs_grad[1] else 0, dtype=dtype)
         self.dparams = x.new_empty(6 if call.needs_grad[2] else 0, dtype=dtype)
-        if dtype == torch.float64 and params is None:
+        if params is not None:
+            params = params.contiguous()
+        elif dtype == torch.float64:
             # A kernel's float argument is float32.
             params = torch.stack([torch.full((), c, dtype=dtype, device=x.device) for c in call.constants])
         self.coef = x.new_empty(10, dtype=dtype)
@@ -181,7 +183,8 @@ class Job:
         assert self.product is not None
         capability, slots = _device(rows.z.device.index)
         width = rows.width
-        finish = rows.n <= FINISH_ROWS
+        block_d = min(width, SLICE_WIDTH[self.product])
+        finish = rows.n <= FINISH_ROWS and block_d == width
         tile = tile_for(capability, self.product, width, small=finish, has_ids=self.has_ids)
         plan = sweep_plan(rows.n, cols.n, rows.n_pad * width * 4, tile, slots)
         sums = self.stats.new_empty(plan.row_blocks * plan.splits if loss else 0, kernels.SUMS.value)
@@ -189,15 +192,17 @@ class Job:
         partial = self.coef.new_empty((plan.splits, rows.n_pad, width) if grad is not None and not in_place else 0)
         if in_place and grad is not None:
             partial = grad
-        kernels.sweep_kernel[(plan.row_blocks, plan.splits)](
-            rows.z, cols.z, rows.factors, cols.factors, *self._ids(rows, cols), self.coef,
-            self.coef if grad is None else grad, partial, sums, rows.counters, self.loss, self.stats, self.dparams,
-            rows.n, cols.n, rows.d, rows.n_pad, cols.n_pad, *pairs, plan.tiles_per_split, plan.splits,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=width,
-            NORMALIZE=self.call.normalize, HAS_IDS=self.has_ids, EXCLUDE_SELF=self.call.exclude_self,
-            TRANSPOSED=not loss, GRAD=grad is not None, LOSS=loss, DPARAMS=loss and self.call.needs_grad[2],
-            FINISH=finish, PRODUCT=self.product, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        for at in range(0, width if grad is not None else block_d, block_d):
+            first = loss and at == 0
+            kernels.sweep_kernel[(plan.row_blocks, plan.splits)](
+                rows.z, cols.z, rows.factors, cols.factors, *self._ids(rows, cols), self.coef,
+                self.coef if grad is None else grad, partial, sums, rows.counters, self.loss, self.stats, self.dparams,
+                rows.n, cols.n, rows.d, rows.n_pad, cols.n_pad, *pairs, plan.tiles_per_split, plan.splits,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, WIDTH=width, SLICE=at,
+                NORMALIZE=self.call.normalize, HAS_IDS=self.has_ids, EXCLUDE_SELF=self.call.exclude_self,
+                TRANSPOSED=not loss, GRAD=grad is not None, LOSS=first, DPARAMS=first and self.call.needs_grad[2],
+                FINISH=finish, PRODUCT=self.product, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
         if grad is not None and not finish:
             self._project(partial, rows, grad, plan.splits, both_norms=False)
 
@@ -220,7 +225,6 @@ class Job:
         # The gradients are made where they are returned, unless padding is in the way.
         dx = self.dx if x.z.shape == self.dx.shape else self.coef.new_empty(x.z.shape if want_dx else 0)
         dy = self.dy if y.z.shape == self.dy.shape else self.coef.new_empty(y.z.shape if want_dy else 0)
-        dy.zero_()
         for row0 in range(0, x.n_pad, chunk):
             n_rows = min(chunk, x.n_pad - row0)
             rows = x.z[row0 : row0 + n_rows]
@@ -234,7 +238,7 @@ class Job:
             if want_dx:
                 product_into(dx[row0 : row0 + n_rows], g[:n_rows], y.z)  # (9)
             if want_dy:
-                product_into(dy, g[:n_rows].T, rows, accumulate=True)
+                product_into(dy, g[:n_rows].T, rows, accumulate=row0 > 0)
         chunked_kernels.results_kernel[(1,)](
             sums, sums.shape[0], self.coef, self.loss, self.stats, self.dparams, DPARAMS=want_dparams
         )

@@ -8,12 +8,7 @@ in triton_terms.py; rows too wide for this are left to triton_chunked.py.
 ``prepare_kernel`` first turns whatever came (strides, odd widths, rows of any norm) into a dense,
 aligned, zero-padded copy whose rows are scaled by a power of two to a largest element in [1, 2). That is
 exact, it makes the range of the norms a matter of one float32 factor a row instead of the 16-bit
-products, and it leaves the main loop without a mask. PRODUCT says what the tensor cores multiply:
-
-    16-bit    the features as they are; σ rounded to their type
-    tf32      float32 features and σ, which they cut to 11 bits
-    fp16x3    float32 at full accuracy: numbers in two float16 of together 22 bits and a sign, low · low left out
-
+products, and it leaves the main loop without a mask. What the tensor cores multiply is in triton_products.py.
 Per row there are three factors:
 
     inverse    ẑ = z' inverse, for the copy z'; eq. (1)
@@ -25,8 +20,17 @@ Per row there are three factors:
 import triton
 import triton.language as tl
 
+from .triton_products import (
+    LIFT,
+    add_products,
+    halves,
+    load_operand,
+    load_rows,
+    power_of_two,
+    row_gradient,
+    row_offsets,
+)
 from .triton_terms import (
-    INTERPRET,
     LN2,
     SIZES,
     SUMS,
@@ -45,59 +49,6 @@ from .triton_terms import (
 )
 
 EPS: tl.constexpr = tl.constexpr(1e-12)
-# fp16x3: the largest element of a row is in [2^LIFT, 2^(LIFT + 1)), so that float16, which ends at 2^-24, cuts
-# the low halves off some 2^-37 below it. Products of two rows stay far from float32's ceiling.
-LIFT: tl.constexpr = tl.constexpr(13)
-
-
-@triton.jit
-def matmul(a, b, acc):
-    """a b + acc in float32. The interpreter would multiply the bits of bfloat16 numbers."""
-    if INTERPRET:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a, b, acc, input_precision="tf32")
-
-
-@triton.jit
-def power_of_two(largest, exponent: tl.constexpr):
-    """The power of two p with largest · p in [2^exponent, 2^(exponent + 1)), if neither is out of range; and 1/p."""
-    field = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    field = tl.minimum(tl.maximum(254 + exponent - field, 1), 253)
-    return (field << 23).to(tl.float32, bitcast=True), ((254 - field) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def halves(v):
-    """(high, low) in float16, high + low = v but for the 23rd bit."""
-    high = v.to(tl.float16)
-    return high, (v - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def row_gradient(g, y, y_low, acc, PRODUCT: tl.constexpr):
-    """acc + g y, eq. (9)."""
-    if PRODUCT == "fp16x3":
-        # However small a row's coefficients are, float16 holds them relative to the largest. Tensor cores cut
-        # sums off instead of rounding them, so a tile's sum is added to the others outside.
-        up, down = power_of_two(tl.max(tl.abs(g), 1), LIFT)
-        high, low = halves(g * up[:, None])
-        tile = matmul(low, y, tl.zeros(acc.shape, tl.float32))
-        tile = matmul(high, y_low, tile)
-        tile = matmul(high, y, tile)
-        return acc + tile * down[:, None]
-    else:
-        return matmul(narrow(g, y.dtype), y, acc)
-
-
-@triton.jit
-def load_rows(ptr, at, mask, n_pad, WIDTH: tl.constexpr, PRODUCT: tl.constexpr):
-    """Prepared rows in float32, from the halves if they are in two."""
-    z = tl.load(ptr + at, mask=mask, other=0.0)
-    if PRODUCT == "fp16x3":
-        low = tl.load(ptr + n_pad.to(tl.int64) * WIDTH + at, mask=mask, other=0.0)
-        z = z.to(tl.float32) + low.to(tl.float32)
-    return z
 
 
 @triton.jit
@@ -108,20 +59,27 @@ def touches(diagonal, row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def positive_pairs(
-    x, inverse, half_norm, y_ptr, y_rows_ptr, k_pad, positive_col, there, scale_p, bias, grad_p, grad_l, pos,
-    SCALED: tl.constexpr, PRODUCT: tl.constexpr,
+    x_ptr, rows, m_pad, inverse, half_norm, y_ptr, y_rows_ptr, k_pad, positive_col, there,
+    scale_p, bias, grad_p, grad_l, pos,
+    BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, SCALED: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """(sums, gradient [R, D] over the unit) of the rows' positive pairs, eq. (7).
+    """(sums, gradient [R, BLOCK_D] over the unit) of the rows' positive pairs, eq. (7).
 
     At most one a row, so a dot product in float32 costs next to nothing, keeps labels out of the main
     loop, and the largest weight in a row's gradient is never rounded to 16 bits.
     """
-    WIDTH: tl.constexpr = x.shape[1]
-    at = positive_col[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    partner = load_rows(y_ptr, at, there[:, None], k_pad, WIDTH, PRODUCT).to(tl.float32)
+    product = tl.zeros(rows.shape, tl.float32)
+    for own in tl.static_range(2 - WIDTH // BLOCK_D, 2):  # the program's own slice last: the gradient is made of it
+        depth = (SLICE if own else BLOCK_D - SLICE) + tl.arange(0, BLOCK_D)[None, :]
+        x = load_rows(x_ptr, row_offsets(rows, WIDTH) + depth, (rows < m_pad)[:, None], m_pad, WIDTH, PRODUCT)
+        partner = load_rows(y_ptr, row_offsets(positive_col, WIDTH) + depth, there[:, None], k_pad, WIDTH, PRODUCT)
+        partner = partner.to(tl.float32)
+        product += tl.sum(x.to(tl.float32) * partner, 1)
     if SCALED:
-        partner = partner * tl.load(y_rows_ptr + positive_col, mask=there, other=0.0)[:, None]
-    product = tl.sum(x.to(tl.float32) * partner, 1) * inverse
+        col_inverse = tl.load(y_rows_ptr + positive_col, mask=there, other=0.0)
+        partner = partner * col_inverse[:, None]
+        product = product * col_inverse
+    product = product * inverse
     e, relu, sigma = terms(-(product * scale_p + bias))
     half_norms = half_norm + tl.load(y_rows_ptr + 2 * k_pad + positive_col, mask=there, other=0.0)
     pos = put(pos, 0, tl.sum(there.to(tl.int32), 0))
@@ -173,7 +131,7 @@ def store_coef(
     tl.store(coef_ptr + 9, w_l)
 
 
-@triton.jit(do_not_specialize=["n", "d", "n_pad", "counters", "a_p", "a_n", "b", "w_p", "w_n", "w_l"])
+@triton.jit(do_not_specialize=["n", "d", "counters", "a_p", "a_n", "b", "w_p", "w_n", "w_l"])
 def prepare_kernel(
     z_ptr,  # [n, d], any strides
     out_ptr,  # [n_pad, WIDTH]; fp16x3: [2, n_pad, WIDTH], high and low halves
@@ -237,20 +195,20 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "tiles_per_split", "splits"])
 def sweep_kernel(
-    x_ptr,  # [m_pad, BLOCK_D] rows, prepared; fp16x3: [2, m_pad, BLOCK_D]
-    y_ptr,  # [k_pad, BLOCK_D] columns, prepared
+    x_ptr,  # [m_pad, WIDTH] rows, prepared; fp16x3: [2, m_pad, WIDTH]
+    y_ptr,  # [k_pad, WIDTH] columns, prepared
     x_rows_ptr,  # [3, m_pad] factors of the rows
     y_rows_ptr,  # [3, k_pad]
     x_ids_ptr,  # [m], int64, or unused
     y_ids_ptr,  # [k]
     coef_ptr,  # [10], see store_coef
     dx_ptr,  # [m, d], float32
-    partial_ptr,  # [splits, m_pad, BLOCK_D], float32
+    partial_ptr,  # [splits, m_pad, WIDTH], float32
     sums_ptr,  # [programs, SUMS], float64
     counter_ptr,  # [1 + row blocks], int32, zero
     loss_ptr, stats_ptr, dparams_ptr,
     m, k, d, m_pad, k_pad, diag_self, diag_positive, diag_wrap, own_first, own_end, tiles_per_split, splits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_IDS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, TRANSPOSED: tl.constexpr,
     GRAD: tl.constexpr, LOSS: tl.constexpr, DPARAMS: tl.constexpr, FINISH: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
@@ -259,17 +217,20 @@ def sweep_kernel(
     The program that is last to finish adds up what the others left, in a fixed order: the same bits every
     time. With FINISH that goes for the gradient too: a small batch waits for launches, a large one for
     registers, and leaves the sum over splits and eq. (10) to project_kernel.
+
+    Of WIDTH features this is the gradient of [SLICE, SLICE + BLOCK_D), all of them or one half; logits need all.
     """
     row0 = tl.program_id(0) * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
-    depth = tl.arange(0, BLOCK_D)
+    SLICED: tl.constexpr = WIDTH > BLOCK_D
+    depth = SLICE + tl.arange(0, BLOCK_D)
+    rest = BLOCK_D - SLICE + tl.arange(0, BLOCK_D)  # of two slices, the other
     SPLIT: tl.constexpr = PRODUCT == "fp16x3"
     SCALED: tl.constexpr = NORMALIZE or SPLIT  # the columns were
-    at = rows[:, None].to(tl.int64) * BLOCK_D + depth[None, :]
-    x = tl.load(x_ptr + at)
-    x_low = x
-    if SPLIT:
-        x_low = tl.load(x_ptr + m_pad.to(tl.int64) * BLOCK_D + at)
+    at = row_offsets(rows, WIDTH) + depth[None, :]
+    x, x_low = load_operand(x_ptr, at, m_pad, WIDTH, PRODUCT)
+    if SLICED:
+        x_rest, x_rest_low = load_operand(x_ptr, row_offsets(rows, WIDTH) + rest[None, :], m_pad, WIDTH, PRODUCT)
     inverse = tl.load(x_rows_ptr + rows)
     half_norm = tl.load(x_rows_ptr + 2 * m_pad + rows)
     scale_p, scale_n, bias, grad_p, grad_n, grad_l = load_coef(coef_ptr)
@@ -295,8 +256,8 @@ def sweep_kernel(
     else:
         there = tl.where(tl.program_id(1) == 0, positive_col, -1) >= 0  # of the column splits, the first has them
         pos, acc = positive_pairs(
-            load_rows(x_ptr, at, (rows < m_pad)[:, None], m_pad, BLOCK_D, PRODUCT), inverse, half_norm,
-            y_ptr, y_rows_ptr, k_pad, positive_col, there, scale_p, bias, grad_p, grad_l, pos, SCALED, PRODUCT,
+            x_ptr, rows, m_pad, inverse, half_norm, y_ptr, y_rows_ptr, k_pad, positive_col, there,
+            scale_p, bias, grad_p, grad_l, pos, BLOCK_D, WIDTH, SLICE, SCALED, PRODUCT,
         )  # fmt: skip
         if LOSS:  # stored at once: nothing of it stays in a register through the loop
             present = tl.where(rows < m, end - first, 0)
@@ -308,16 +269,13 @@ def sweep_kernel(
     row_scale = inverse * scale_n
     for col0 in range(first, end, BLOCK_N):
         cols = col0 + tl.arange(0, BLOCK_N)
-        y_at = y_ptr + cols[:, None].to(tl.int64) * BLOCK_D + depth[None, :]
-        y = tl.load(y_at)
-        y_low = y
+        y, y_low = load_operand(y_ptr, row_offsets(cols, WIDTH) + depth[None, :], k_pad, WIDTH, PRODUCT)
         col_inverse = tl.load(y_rows_ptr + cols)
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if SPLIT:
-            y_low = tl.load(y_at + k_pad.to(tl.int64) * BLOCK_D)
-            s = matmul(x_low, tl.trans(y), s)
-            s = matmul(x, tl.trans(y_low), s)
-        s = matmul(x, tl.trans(y), s)  # (2), but for the norms, in float32
+        if SLICED:
+            y_rest, y_rest_low = load_operand(y_ptr, row_offsets(cols, WIDTH) + rest[None, :], k_pad, WIDTH, PRODUCT)
+            s = add_products(x_rest, x_rest_low, y_rest, y_rest_low, s, PRODUCT)
+        s = add_products(x, x_low, y, y_low, s, PRODUCT)  # (2), but for the norms, in float32
         if SCALED:
             s = s * col_inverse[None, :]
         if HAS_IDS:
@@ -362,7 +320,7 @@ def sweep_kernel(
             tl.debug_barrier()
         store_lanes(record, p, log2_sum, products, sigmas, sigma_products, inverse, rows < m)
     if GRAD:
-        stride = m_pad.to(tl.int64) * BLOCK_D
+        stride = m_pad.to(tl.int64) * WIDTH
         tl.store(partial_ptr + tl.program_id(1) * stride + at, acc)
         if FINISH:
             tl.debug_barrier()  # all of this program's stores come before its ticket
@@ -381,7 +339,7 @@ def sweep_kernel(
             write_results(sums_ptr, programs, coef_ptr, loss_ptr, stats_ptr, dparams_ptr, DPARAMS)
 
 
-@triton.jit(do_not_specialize=["n", "n_pad", "d", "splits"])
+@triton.jit(do_not_specialize=["n", "d", "splits"])
 def project_kernel(
     g_ptr,  # [splits, n_pad, WIDTH] the rows' gradient over the unit, in parts; may be dz_ptr's memory
     z_ptr,  # [n_pad, WIDTH], prepared; fp16x3: [2, n_pad, WIDTH]

@@ -16,6 +16,9 @@ class Tile(NamedTuple):
     stages: int
 
 
+#: How much of a row's gradient fits in registers, by product; a wider row takes a sweep for each of two slices.
+SLICE_WIDTH = {"16-bit": 256, "tf32": 256, "fp16x3": 128}
+
 #: (compute capability, product, D up to) -> tile; the products are triton_kernels.py's.
 TILES: dict[tuple[int, str, int], Tile] = {
     (80, "16-bit", 64): Tile(64, 32, 4, 3),
@@ -26,6 +29,7 @@ TILES: dict[tuple[int, str, int], Tile] = {
     (80, "tf32", 256): Tile(32, 32, 8, 2),
     (80, "fp16x3", 64): Tile(64, 32, 4, 2),
     (80, "fp16x3", 128): Tile(32, 32, 4, 2),
+    (80, "fp16x3", 256): Tile(32, 32, 8, 2),
     (90, "16-bit", 64): Tile(128, 64, 8, 3),
     (90, "16-bit", 128): Tile(128, 64, 8, 3),
     (90, "16-bit", 256): Tile(64, 32, 8, 2),
@@ -34,6 +38,7 @@ TILES: dict[tuple[int, str, int], Tile] = {
     (90, "tf32", 256): Tile(64, 32, 8, 2),
     (90, "fp16x3", 64): Tile(64, 32, 4, 2),
     (90, "fp16x3", 128): Tile(64, 32, 8, 2),
+    (90, "fp16x3", 256): Tile(64, 16, 8, 2),
     (100, "16-bit", 64): Tile(128, 32, 8, 3),
     (100, "16-bit", 128): Tile(128, 32, 8, 3),
     (100, "16-bit", 256): Tile(64, 32, 8, 2),
@@ -42,9 +47,11 @@ TILES: dict[tuple[int, str, int], Tile] = {
     (100, "tf32", 256): Tile(32, 32, 8, 2),
     (100, "fp16x3", 64): Tile(128, 32, 8, 2),
     (100, "fp16x3", 128): Tile(128, 32, 8, 2),
+    (100, "fp16x3", 256): Tile(64, 16, 8, 2),
 }
 
-#: Where a launch finishes everything: few rows, and the end of the kernel wants registers too. Same key.
+#: Where a launch finishes everything: few rows, and the end of the kernel wants registers too. Same key; rows in
+#: slices are not among them, since eq. (10) needs all of a row.
 SMALL_TILES: dict[tuple[int, str, int], Tile] = {
     (80, "16-bit", 64): Tile(32, 32, 4, 2),
     (80, "16-bit", 128): Tile(32, 32, 4, 2),
@@ -76,8 +83,11 @@ SMALL_TILES: dict[tuple[int, str, int], Tile] = {
 #: With ids every tile has both classes of pairs and twice the sums in registers: SMALL_TILES with half the
 #: columns, unless the key is here.
 LABEL_TILES: dict[tuple[int, str, int], Tile] = {
+    (80, "fp16x3", 256): Tile(32, 16, 8, 2),
     (90, "tf32", 128): Tile(32, 16, 8, 2),
     (90, "fp16x3", 128): Tile(32, 16, 8, 2),
+    (90, "fp16x3", 256): Tile(32, 16, 8, 2),
+    (100, "fp16x3", 256): Tile(32, 16, 8, 2),
 }
 
 
@@ -95,7 +105,9 @@ def tile_for(capability: int, product: str, width: int, small: bool, has_ids: bo
     """The tile for D padded to ``width``."""
     nearest = table_capability(capability)
     key = nearest, product, min(k[2] for k in TILES if k[:2] == (nearest, product) and k[2] >= width)
+    if has_ids and key in LABEL_TILES:
+        return LABEL_TILES[key]
     if has_ids:
         tile = SMALL_TILES[key]
-        return LABEL_TILES.get(key, tile._replace(block_n=max(16, tile.block_n // 2)))
+        return tile._replace(block_n=max(16, tile.block_n // 2))
     return (SMALL_TILES if small else TILES)[key]
