@@ -33,7 +33,9 @@ class Pool:
             connection.send((function, args))
         answers = []
         for connection in connections:
-            assert connection.poll(300), "a process hangs"
+            if not connection.poll(300):
+                self.close()  # what it says later must not be taken for the next answer
+                pytest.fail("a process hangs")
             answers.append(connection.recv())
         for failure in (a for a in answers if isinstance(a, str)):
             pytest.fail(failure)

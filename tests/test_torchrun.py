@@ -62,7 +62,7 @@ def in_float64():
         pretrain.set_up = build
 
 
-def train_on_a_rank(arguments, signalled_rank=None):
+def train_on_a_rank(arguments, signalled_rank=None, precise=True):
     """What the run of this process says, and how it ended; a signal may arrive within step 2."""
     processes, spoken = processes_of_the_pool(), io.StringIO()
     loss_of = pretrain.Trainer.loss_of
@@ -76,7 +76,7 @@ def train_on_a_rank(arguments, signalled_rank=None):
     pretrain.evaluate_features = lambda features, budgets: FIXED_ROW  # probes take long, and are tested elsewhere
     pretrain.save_plots = lambda *arguments: None
     try:
-        with contextlib.redirect_stdout(spoken), in_float64():
+        with contextlib.redirect_stdout(spoken), in_float64() if precise else contextlib.nullcontext():
             pretrain.main(arguments, processes)
         return spoken.getvalue(), "done"
     except (UserError, pretrain.Interrupted) as error:
@@ -156,7 +156,7 @@ def test_all_processes_stop_after_the_same_step_and_go_on(pool, tmp_path, capsys
 def test_one_process_speaks_and_writes(pool, tmp_path):
     """k-NN and evaluation included; the others wait, then leave."""
     arguments = [*SMALL, "--subset", "0.02", "--epochs", "1", "--knn-every", "1", "--evaluate"]
-    results = pool.run(train_on_a_rank, [*arguments, "--output", str(tmp_path / "run")])
+    results = pool.run(train_on_a_rank, [*arguments, "--output", str(tmp_path / "run")], None, False)
     (spoken, ended), *others = results
     assert ended == "done"
     assert f"29 training images on cpu in each of {WORLD} processes" in spoken
