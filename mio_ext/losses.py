@@ -58,44 +58,67 @@ def mio_loss(
 
     Source: arXiv 2111.12664, version 1.
     """
+    scale, bias, regularizer, ids = mio_arguments(
+        z1, z2, temperature, negative_temperature, regularizer, bias, labels, processes=1
+    )
+    batch, dim = z1.shape
+    loss, stats = ops.pairwise_bce(
+        torch.cat([z1, z2]),
+        scale=scale,
+        bias=bias,
+        weights=mio_weights(batch, dim, regularizer, ids),
+        x_ids=ids,
+        shift=batch,
+        exclude_self=True,
+        normalize=True,
+        backend=ops.choose_backend("mio_loss", backend, z1.device),
+    )
+    return (loss, stats) if return_stats else loss
+
+
+def mio_arguments(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Number,
+    negative_temperature: Number | None,
+    regularizer: Number,
+    bias: Number | None,
+    labels: Tensor | None,
+    processes: int,
+) -> tuple[tuple[Number, Number], Number, Number, Tensor | None]:
+    """((a_p, a_n), b, λ, ids of the rows [z1; z2]) from the checked arguments of :func:`mio_loss`.
+
+    ``processes`` share the batch, each with B rows of it.
+    """
     op = "mio_loss"
     checks.check_features(op, z1=z1, z2=z2)
     if z2.shape != z1.shape:
         raise ValueError(f"{op}: z2 must be [B, D] like z1 ({list(z1.shape)}), got {list(z2.shape)}")
-    batch, dim = z1.shape
-    if batch < 2:
-        raise ValueError(f"{op}: z1 must have at least 2 rows, else there are no negatives, got {list(z1.shape)}")
+    batch = len(z1)
+    if batch < (2 if processes == 1 else 1):
+        least = "at least 2 rows, else there are no negatives" if processes == 1 else "at least 1 row"
+        raise ValueError(f"{op}: z1 must have {least}, got {list(z1.shape)}")
     negative_temperature = temperature if negative_temperature is None else negative_temperature
     temperature = checks.check_number(op, "temperature", temperature, z1, positive=True)
     negative_temperature = checks.check_number(op, "negative_temperature", negative_temperature, z1, positive=True)
     bias = checks.check_number(op, "bias", 0.0 if bias is None else bias, z1)
     regularizer = checks.check_number(op, "regularizer", regularizer, z1)
-    n = 2 * batch
-    weights: tuple[Number, Number, Number] = (1 / n, 1 / (n * (n - 2)), regularizer / (batch * dim))
     ids = None
     if labels is not None:
         checks.check_ids(op, "labels", labels, batch, z1)
         ids = torch.cat([labels, labels]).long()
-        positives = _positives_per_row(ids, ids).sum().double() - n
-        negatives = n * (n - 1) - positives
-        # A label that all rows share leaves no negatives, and eq. (13) no negative term.
-        weights = (
-            1 / positives,
-            torch.where(negatives > 0, 1 / negatives, 0),
-            2 * regularizer / (positives * dim),
-        )
-    loss, stats = ops.pairwise_bce(
-        torch.cat([z1, z2]),
-        scale=(1 / temperature, 1 / negative_temperature),
-        bias=bias,
-        weights=weights,
-        x_ids=ids,
-        shift=batch,
-        exclude_self=True,
-        normalize=True,
-        backend=ops.choose_backend(op, backend, z1.device),
-    )
-    return (loss, stats) if return_stats else loss
+    return (1 / temperature, 1 / negative_temperature), bias, regularizer, ids
+
+
+def mio_weights(batch: int, dim: int, regularizer: Number, ids: Tensor | None) -> tuple[Number, Number, Number]:
+    """(w_p, w_n, w_l) of eq. (12) for a whole batch; with the ids of all its N = 2B rows, of eq. (13)."""
+    n = 2 * batch
+    if ids is None:
+        return 1 / n, 1 / (n * (n - 2)), regularizer / (batch * dim)
+    positives = _positives_per_row(ids, ids).sum().double() - n
+    negatives = n * (n - 1) - positives
+    # A label that all rows share leaves no negatives, and eq. (13) no negative term.
+    return 1 / positives, torch.where(negatives > 0, 1 / negatives, 0), 2 * regularizer / (positives * dim)
 
 
 class MIOLoss(nn.Module):
@@ -226,11 +249,15 @@ def siglip_loss(
 class SigLIPLoss(nn.Module):
     """Drop-in for open_clip's ``SigLipLoss``: same constructor, call, value and gradients.
 
-    ``cache_labels`` and ``chunk_size`` are accepted and mean nothing here: there is no label matrix to
-    cache, and memory never grows with the square of the batch.
+    With ``world_size`` > 1 it is :func:`mio_ext.distributed.siglip_loss` over the default process group.
+    ``cache_labels``, ``chunk_size`` and ``dist_impl`` are accepted and change nothing: there is no label
+    matrix to cache, memory never grows with the square of the batch, and open_clip's ways of passing the
+    texts round ("bidir", "shift", "reduce", "gather") give one value and one gradient.
 
     Raises:
-        ValueError: ``world_size`` is not 1; several processes are not supported yet.
+        ValueError: a rank that is not in [0, world_size), or a ``dist_impl`` that open_clip does not know.
+        RuntimeError: at the call, if the default process group is not of ``world_size`` processes, or if
+            this process is not number ``rank`` of it.
     """
 
     def __init__(
@@ -244,8 +271,11 @@ class SigLIPLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if world_size != 1:
-            raise ValueError(f"SigLIPLoss: world_size must be 1, several processes come later, got {world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"SigLIPLoss: rank must be in [0, world_size), got {rank} of {world_size}")
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(f"SigLIPLoss: dist_impl must be bidir, shift, reduce or gather, got {dist_impl!r}")
+        self.rank, self.world_size = rank, world_size
         self.backend = backend
 
     def forward(
@@ -256,7 +286,17 @@ class SigLIPLoss(nn.Module):
         logit_bias: Number | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
+        if self.world_size == 1:  # a process group may be there for other things
+            loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
+        else:
+            from . import distributed  # which is built on this module
+
+            if (place := distributed.place("SigLIPLoss", None)) != (self.rank, self.world_size):
+                raise RuntimeError(
+                    f"SigLIPLoss: this process must be rank {self.rank} of {self.world_size} in the default process "
+                    f"group, got rank {place[0]} of {place[1]} (torch.distributed.init_process_group comes first)"
+                )
+            loss = distributed.siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
         assert isinstance(loss, Tensor)
         return {"contrastive_loss": loss} if output_dict else loss
 

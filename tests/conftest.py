@@ -35,6 +35,42 @@ def dtype(request):
     return request.param
 
 
+@pytest.fixture
+def one_thread():
+    """As many runs as cores may be testing at once, and OpenMP threads that share a core spin."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fast_probes(monkeypatch):
+    """The table and the plots are of no interest: skip the slow parts."""
+    row = {
+        "linear_2": 1.0,
+        "linear_2_std": 0.1,
+        "linear_10": 2.0,
+        "linear_10_std": 0.2,
+        "linear_all": 3.0,
+        "knn": 4.0,
+    }
+    monkeypatch.setattr("train.pretrain.evaluate_features", lambda features, budgets: row)
+    monkeypatch.setattr("train.plots.plot_embedding", lambda *arguments: None)
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory):
+    """Four processes that run what a test hands them."""
+    from process_pool import WORLD, Pool
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as torchrun: threads of several processes on a core only spin
+        pool = Pool(WORLD, tmp_path_factory.mktemp("group") / "rendezvous")
+    yield pool
+    pool.close()
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 distance, in float64; gradients are judged as vectors."""
     actual, expected = actual.detach().double(), expected.detach().double()

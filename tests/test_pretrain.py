@@ -8,11 +8,11 @@ import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
@@ -26,14 +26,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "pretrain.py"
 sys.path.insert(0, str(ROOT))
 import mio_ext
+from mio_ext import distributed
 from mio_ext.reference import PairStats
 from train import pretrain
+from train.data import random_batches
 from train.export import load_encoder
 from train.model import build_backbone, build_model
 from train.monitor import StepMetrics
 from train.optimizer import learning_rate, parameter_groups
-from train.run_folder import RunLog, UserError, save_checkpoint, write_atomically
+from train.run_folder import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 SMALL = ["--batch-size", "16", "--device", "cpu", "--log-every", "2"]
 
@@ -47,30 +50,6 @@ def run_script(*arguments, prelude="pass", cwd=None) -> subprocess.CompletedProc
     code = f"import runpy, sys; del sys.argv[0]; {prelude}; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=ONE_THREAD)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As many runs as cores may be testing at once, and OpenMP threads that share a core spin."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def fast_probes(monkeypatch):
-    """The table and the plots are of no interest: skip the slow parts."""
-    row = {
-        "linear_2": 1.0,
-        "linear_2_std": 0.1,
-        "linear_10": 2.0,
-        "linear_10_std": 0.2,
-        "linear_all": 3.0,
-        "knn": 4.0,
-    }
-    monkeypatch.setattr(pretrain, "evaluate_features", lambda features, budgets: row)
-    monkeypatch.setattr("train.plots.plot_embedding", lambda *arguments: None)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +188,32 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert not output.exists(), "a refused run must not leave a folder"
 
 
+def test_knn_without_labels_is_refused(tmp_path, capsys):
+    photos, output = tmp_path / "photos", tmp_path / "run"
+    photos.mkdir()
+    for i in range(4):
+        PIL.Image.new("RGB", (8, 8), (60 * i, 0, 90)).save(photos / f"{i}.png")
+    arguments = ["--data", f"folder:{photos}", "--data-root", str(tmp_path / "root"), "--batch-size", "2"]
+    arguments += ["--device", "cpu", "--image-size", "8", "--limit-steps", "1", "--output", str(output)]
+    assert pretrain.run([*arguments, "--knn-every", "5"]) == 2
+    said = f"pretrain.py: --knn-every 5: folder:{photos} has no labels; pass --knn-every 0\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert not output.exists()
+    assert pretrain.run([*arguments, "--knn-every", "0"]) == 0
+
+
+def test_compiling_leaves_batch_norm_as_it_was(tmp_path, monkeypatch, capsys):
+    """The batch that runs the compiler must not count, or a resumed run would see it twice."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    arguments = [*SMALL, "--limit-steps", "2", "--no-evaluate"]
+    statistics = []
+    for compile in ("on", "off"):
+        folder = tmp_path / compile
+        assert pretrain.run([*arguments, "--compile", compile, "--output", str(folder)]) == 0
+        statistics.append(torch.load(folder / "checkpoint.pt", weights_only=True)["backbone"])
+    assert all(torch.equal(statistics[1][key], value) for key, value in statistics[0].items())
+
+
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, fast_probes, capsys):
     (tmp_path / "log.jsonl").write_text("precious")
     (tmp_path / "results.json").write_text("stale")
@@ -256,14 +261,14 @@ def test_without_matplotlib_everything_but_the_plots(tmp_path, fast_probes, monk
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path, monkeypatch, capsys):
-    real, calls = mio_ext.mio_loss, []
+    real, calls = distributed.mio_loss, []
 
     def loss_of_step(z1, z2, **options):
         calls.append(1)
         return real(z1 * float("nan") if len(calls) == 5 else z1, z2, **options)
 
-    monkeypatch.setattr(pretrain, "check_loss_backend", lambda *arguments: None)
-    monkeypatch.setattr(mio_ext, "mio_loss", loss_of_step)
+    monkeypatch.setattr("train.setup.check_loss_backend", lambda *arguments: None)
+    monkeypatch.setattr(distributed, "mio_loss", loss_of_step)
     arguments = [*SMALL, "--limit-steps", "8", "--log-every", "4", "--output", str(tmp_path)]
     assert pretrain.run(arguments) == 2
     assert "the loss is not finite at step 5: try a lower --learning-rate" in capsys.readouterr().err
@@ -278,7 +283,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path, monkeypatch, capsys)
     ],
 )
 def test_out_of_memory_suggests_a_smaller_batch(error, monkeypatch, capsys):
-    def raise_it(argv):
+    def raise_it(*arguments):
         raise error
 
     monkeypatch.setattr(pretrain, "main", raise_it)
@@ -288,20 +293,6 @@ def test_out_of_memory_suggests_a_smaller_batch(error, monkeypatch, capsys):
     if type(error) is RuntimeError:
         with pytest.raises(RuntimeError, match="a bug"):
             pretrain.run([])
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_checkpoint_and_ends_the_run(number, code, tmp_path):
-    command = [sys.executable, "-u", str(SCRIPT), *SMALL, "--log-every", "1", "--output", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    for line in process.stdout:
-        if line.startswith("epoch"):
-            break
-    process.send_signal(number)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == code
-    step = int(re.fullmatch(r"pretrain.py: interrupted: checkpoint of step (\d+) saved in .*\n", error)[1])
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == step >= 1
 
 
 def test_collapse_is_reported_in_words(capsys):
@@ -363,16 +354,16 @@ def test_schedule_by_epoch_holds_the_rate_within_an_epoch(tmp_path):
 
 def test_batches_cover_an_epoch_once_and_are_shuffled():
     cpu = torch.device("cpu")
-    batches = list(pretrain.random_batches(10, 3, 0, 0, 6, cpu))
+    batches = list(random_batches(10, 3, 0, 0, 6, cpu))
     assert [len(batch) for batch in batches] == [3] * 6  # 10 = 3 * 3 + 1: the incomplete batch is dropped
     epochs = [torch.cat(batches[:3]).tolist(), torch.cat(batches[3:]).tolist()]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert epochs[0] != sorted(epochs[0])
     for start in (1, 3, 4):  # a resumed run goes on with the same batches
-        rest = list(pretrain.random_batches(10, 3, 0, start, 6, cpu))
+        rest = list(random_batches(10, 3, 0, start, 6, cpu))
         assert all(torch.equal(a, b) for a, b in zip(rest, batches[start:], strict=True))
-    other = next(pretrain.random_batches(10, 3, 1, 0, 1, cpu))
+    other = next(random_batches(10, 3, 1, 0, 1, cpu))
     assert other.tolist() != batches[0].tolist()
 
 
@@ -384,72 +375,6 @@ def test_weight_decay_spares_biases_and_batch_norm():
     batch_norm = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)]
     expected = {id(parameter) for module in batch_norm for parameter in module.parameters()}
     assert {id(parameter) for parameter in spared["params"]} == expected  # no layer here has a bias
-
-
-def test_resume_is_bit_exact(tmp_path, fast_probes, capsys):
-    """Train 4 steps = train 2, stop, resume for 2; momentum, batch norm, shuffling and views included."""
-    common = [*SMALL, "--epochs", "2", "--seed", "1", "--log-every", "1"]
-    assert pretrain.run([*common, "--limit-steps", "4", "--output", str(tmp_path / "whole")]) == 0
-    assert pretrain.run([*common, "--limit-steps", "2", "--output", str(tmp_path / "parts")]) == 0
-    assert pretrain.run(["--resume", str(tmp_path / "parts"), "--limit-steps", "4"]) == 0
-    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 4
-    for part in ("backbone", "projector"):
-        assert all(torch.equal(parts[part][key], value) for key, value in whole[part].items()), part
-    buffers = [[state["momentum_buffer"] for state in c["optimizer"]["state"].values()] for c in (whole, parts)]
-    assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))
-    losses = [[e["loss"] for e in read_log(tmp_path / n) if e["event"] == "train"] for n in ("whole", "parts")]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 4
-
-
-def test_resume_auto_starts_goes_on_and_refuses_other_options(tmp_path, fast_probes, capsys):
-    output = tmp_path / "run"
-    common = [*SMALL, "--resume", "auto", "--output", str(output)]
-    assert pretrain.run([*common, "--limit-steps", "1"]) == 0
-    assert pretrain.run([*common, "--limit-steps", "2"]) == 0
-    assert "going on after step 1" in capsys.readouterr().out
-    before = (output / "checkpoint.pt").read_bytes()
-    assert pretrain.run([*common, "--temperature", "0.3", "--epochs", "40"]) == 2
-    error = capsys.readouterr().err
-    assert "was started with other options" in error
-    assert "  --temperature: 0.5 in the run, 0.3 now" in error
-    assert "  --epochs: 30 in the run, 40 now" in error
-    assert pretrain.run(["--resume", str(output), "--batch-size", "32"]) == 2
-    assert "  --batch-size: 16 in the run, 32 now" in capsys.readouterr().err
-    assert pretrain.run(["--resume", str(tmp_path)]) == 2
-    assert "is no run folder: it has no config.toml" in capsys.readouterr().err
-    assert (output / "checkpoint.pt").read_bytes() == before
-
-
-def test_a_log_forgets_what_came_after_the_checkpoint(tmp_path):
-    log = RunLog(tmp_path)
-    for step in (1, 2, 3):
-        log.write("train", step=step, loss=float(step))
-    log.close()
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"event": "train", "st')  # what a kill leaves
-    log = RunLog(tmp_path, resumed_step=2)
-    log.write("train", step=3, loss=9.0)
-    log.close()
-    assert [(e["step"], e["loss"]) for e in read_log(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
-    assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss", "1,1.0", "2,2.0", "3,9.0"]
-
-
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    """A file size limit stands in for the full disk: the write fails half way in the same manner."""
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"step": 1, "weights": torch.zeros(10)})
-    code = (
-        "import resource, sys, torch; from pathlib import Path; from train.run_folder import *\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try: save_checkpoint(Path(sys.argv[1]), {'step': 2, 'weights': torch.zeros(1_000_000)})\n"
-        "except UserError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert re.match(r"cannot save the checkpoint of step 2 \(.*\); the previous one is intact in ", done.stdout), done
-    assert torch.load(path, weights_only=True)["step"] == 1
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_exported_encoder_is_torchvisions(short_run, tmp_path):
@@ -478,22 +403,6 @@ def test_the_exported_encoder_is_torchvisions(short_run, tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match=r"other.safetensors holds no encoder of train/export.py"):
         load_encoder(tmp_path / "other.safetensors")
-
-
-def test_a_failed_save_keeps_the_old_file(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    path.write_text("old")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    write_atomically(path, lambda temporary: temporary.write_text("new"))
-    assert path.read_text() == "new"
 
 
 def test_arguments_out_of_range_raise_the_one_error_class():

@@ -255,3 +255,20 @@ def prefetch(images: Tensor, indices: Iterator[Tensor], device: torch.device) ->
             pending = following
         if pending is not None:
             yield ready(pending)
+
+
+def generator_for(device: torch.device, *key: int) -> torch.Generator:
+    """Random numbers of one epoch or step. They depend on the key alone, so a resumed run draws the same."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def random_batches(n: int, batch_size: int, seed: int, start: int, stop: int, device: torch.device) -> Iterator[Tensor]:
+    """Indices of steps ``start`` to ``stop`` - 1, shuffled on the device; the incomplete last batch of an epoch
+    is dropped, because the number of negatives is part of the loss."""
+    per_epoch = n // batch_size
+    permutation = None
+    for step in range(start, stop):
+        epoch, i = divmod(step, per_epoch)
+        if permutation is None or i == 0:
+            permutation = torch.randperm(n, generator=generator_for(device, seed, 0, epoch), device=device)
+        yield permutation[i * batch_size : (i + 1) * batch_size]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from typing import Any
 
@@ -12,24 +11,30 @@ import torch
 import torchvision
 
 import mio_ext
+from train.processes import ALONE, Processes
 from train.run_folder import UserError
 
 
-def choose_device(name: str) -> torch.device:
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+def choose_device(name: str, processes: Processes = ALONE) -> torch.device:
+    """The device of this process; every process of a machine gets a GPU of its own."""
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= count:
-            raise UserError(f"--device {name}: torch sees {count} CUDA device(s); pass --device cpu")
+    if device.type == "cpu":
+        return device
+    if device.index is not None and processes.count > 1:
+        raise UserError(f"--device {name}: {processes.count} processes need a GPU each; pass --device cuda")
+    device = torch.device("cuda", processes.local_rank if device.index is None else device.index)
+    if device.index >= (count := torch.cuda.device_count()):
+        reason = f", and process {processes.rank} needs one of its own" if processes.count > 1 else ""
+        raise UserError(f"--device {name}: torch sees {count} CUDA device(s){reason}; pass --device cpu")
+    if processes.count > 1:
+        torch.cuda.set_device(device)  # where NCCL works
     return device
 
 
@@ -53,7 +58,7 @@ def check_loss_backend(backend: str, device: torch.device) -> None:
         raise UserError(f"--loss-backend {backend}: {reason} (--loss-backend reference runs everywhere)") from error
 
 
-def versions(device: torch.device) -> dict[str, Any]:
+def versions(device: torch.device, processes: Processes = ALONE) -> dict[str, Any]:
     """What a number in the log depends on beside the configuration."""
     cuda = device.type == "cuda"
     return {
@@ -61,6 +66,7 @@ def versions(device: torch.device) -> dict[str, Any]:
         **{module.__name__: module.__version__ for module in (mio_ext, torch, torchvision, sklearn)},
         "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "processes": processes.count,
     }
 
 

@@ -26,8 +26,8 @@ from train import classifier, probes
 from train.augment import Preprocess, ViewRanges
 from train.card import write_card
 from train.config import OneLineParser, load_config
-from train.pretrain import Setup, set_up
 from train.run_folder import CHECKPOINT, ENCODER, UserError, load_checkpoint, write_atomically
+from train.setup import Setup, set_up
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

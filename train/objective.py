@@ -10,27 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mio_ext
+from mio_ext import distributed
 from train.config import Config
 
 
 def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """NT-Xent of two views [B, D]: softmax cross-entropy of each row against its other view, self excluded.
 
-    Plain PyTorch with the N x N matrix, as everywhere. Source: arXiv 2002.05709, eq. (1).
+    Over the batches of all W processes, as :mod:`mio_ext.distributed` does it. Plain PyTorch with the
+    2B x 2BW matrix, as everywhere. Source: arXiv 2002.05709, eq. (1).
     """
+    rank, world = distributed.place("nt_xent_loss", None)
     z = F.normalize(torch.cat([z1, z2]), dim=1)
-    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
-    batch = len(z1)
-    partner = torch.arange(2 * batch, device=z.device).roll(batch)
-    return F.cross_entropy(logits, partner)
+    logits = z @ distributed.gather_rows(z).T / temperature
+    row = torch.arange(len(z), device=z.device)
+    own = rank * len(z) + row
+    logits[row, own] = -math.inf
+    return distributed.global_sum(F.cross_entropy(logits, own.roll(len(z1))) / world)
 
 
 class Objective(nn.Module):
     """Embeddings of two views [B, D] to (loss, statistics of the pairs).
 
     The statistics are those of MIO with this temperature's critic, whatever is minimised, so that runs
-    compare; see :class:`mio_ext.reference.PairStats`.
+    compare; see :class:`mio_ext.reference.PairStats`. Both are of the whole batch where processes share it.
     """
 
     def __init__(self, config: Config) -> None:
@@ -46,7 +49,7 @@ class Objective(nn.Module):
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.exp()
         bias = self.bias if self.learnt_bias is None else self.learnt_bias
         if self.name == "mio":
-            return mio_ext.mio_loss(
+            return distributed.mio_loss(
                 z1,
                 z2,
                 temperature=temperature,
@@ -58,9 +61,10 @@ class Objective(nn.Module):
         if self.name == "simclr":
             loss = nt_xent_loss(z1, z2, self.temperature)
         else:
-            loss = mio_ext.siglip_loss(
-                F.normalize(z1, dim=1), F.normalize(z2, dim=1), 1 / temperature, bias, backend=self.backend
-            )
+            _, world = distributed.place("siglip_loss", None)
+            x, y = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+            loss = distributed.siglip_loss(x, y, 1 / temperature, bias, backend=self.backend)
+            loss = distributed.global_sum(loss / world)  # the mean of the processes' own losses
         with torch.no_grad():
-            _, stats = mio_ext.mio_loss(z1, z2, backend=self.backend, return_stats=True)
+            _, stats = distributed.mio_loss(z1, z2, backend=self.backend, return_stats=True)
         return loss, stats

@@ -4,6 +4,7 @@
 
     python train/pretrain.py
     python train/pretrain.py --data folder:photos --epochs 100 --output runs/photos
+    torchrun --nproc-per-node 4 train/pretrain.py --data folder:photos    # the same run, on four GPUs
 
 Without arguments: scikit-learn's handwritten digits, CPU or GPU, a minute or two on two cores, then a
 linear probe and k-NN on the held-out test split. Labels are used by the evaluation only, and the test
@@ -19,8 +20,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,22 +31,19 @@ sys.path.insert(0, str(REPOSITORY))  # so that the script runs without an instal
 
 REQUIRED = {"torch": "torch", "torchvision": "torchvision", "sklearn": "scikit-learn", "safetensors": "safetensors"}
 if missing := [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]:
-    print(f"pretrain.py: {', '.join(missing)} missing: pip install {' '.join(missing)}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # else torchrun's other processes say it again
+        print(f"pretrain.py: {', '.join(missing)} missing: pip install {' '.join(missing)}", file=sys.stderr)
     sys.exit(2)
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.augment import Preprocess, ViewRanges
 from train.card import write_card
 from train.config import Config, check_same, load_config, parse_arguments
-from train.data import ImageData, load_data, prefetch
-from train.device import check_loss_backend, choose_device, is_out_of_memory, use_bfloat16, versions
+from train.data import ImageData, generator_for, prefetch, random_batches
+from train.device import is_out_of_memory, versions
 from train.export import export_encoder
-from train.model import PretrainModel, build_model, resolve_stem
 from train.monitor import METRICS, Progress, StepMetrics, StopRequest, collapse_warning
-from train.objective import Objective
 from train.optimizer import build_optimizer, learning_rate
 from train.probes import (
     Features,
@@ -57,6 +56,7 @@ from train.probes import (
     pair_cosines,
     rankme,
 )
+from train.processes import ALONE, Processes
 from train.run_folder import (
     CHECKPOINT,
     CONFIG,
@@ -72,6 +72,7 @@ from train.run_folder import (
     save_checkpoint,
     write_atomically,
 )
+from train.setup import Setup, set_up
 
 DESCRIPTION = (
     "Self-supervised pre-training of a ResNet with the fused MIO loss, then a linear probe and k-NN on held-out data. "
@@ -81,123 +82,73 @@ DESCRIPTION = (
 KNN_BANK = 10_000  #: training images that an online k-NN looks its neighbours up in
 
 
-class Setup(NamedTuple):
-    """What is built once from the options."""
-
-    device: torch.device
-    data: ImageData
-    model: PretrainModel
-    objective: Objective
-    preprocess: Preprocess
-    bfloat16: bool
-    architecture: dict[str, Any]  #: what it takes to use the encoder elsewhere
-
-
-def set_up(config: Config) -> Setup:
-    device = choose_device(config.device)
-    check_loss_backend(config.loss_backend, device)
-    data = load_data(config.data, root=Path(config.data_root), download=config.download, image_size=config.image_size)
-    if config.knn_every and data.train is None:
-        raise UserError(f"--knn-every {config.knn_every}: {config.data} has no labels; pass --knn-every 0")
-    data = data.subset(config.subset).to(device)
-    if config.batch_size > len(data.pretrain):
-        raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.pretrain)} training images")
-    mean, std = data.mean_std()
-    size = config.image_size or data.size
-    stem = resolve_stem(config.stem, size)
-    torch.manual_seed(config.seed)
-    model = build_model(config.backbone, data.channels, stem, config.projector, config.stem_padding).to(device)
-    ranges = ViewRanges(**{f.name: getattr(config, f.name) for f in fields(ViewRanges)})
-    architecture = {
-        "backbone": config.backbone,
-        "channels": data.channels,
-        "stem": stem,
-        "stem_padding": config.stem_padding,
-        "image_size": size,
-        "mean": mean.flatten().tolist(),
-        "std": std.flatten().tolist(),
-    }
-    return Setup(
-        device,
-        data,
-        model,
-        Objective(config).to(device),
-        Preprocess(mean, std, size, ranges),
-        use_bfloat16(config.precision, device),
-        architecture,
-    )
-
-
-def generator_for(device: torch.device, *key: int) -> torch.Generator:
-    """Random numbers of one epoch or step. They depend on the key alone, so a resumed run draws the same."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-def random_batches(n: int, batch_size: int, seed: int, start: int, stop: int, device: torch.device) -> Iterator[Tensor]:
-    """Indices of steps ``start`` to ``stop`` - 1, shuffled on the device; the incomplete last batch of an epoch
-    is dropped, because the number of negatives is part of the loss."""
-    per_epoch = n // batch_size
-    permutation = None
-    for step in range(start, stop):
-        epoch, i = divmod(step, per_epoch)
-        if permutation is None or i == 0:
-            permutation = torch.randperm(n, generator=generator_for(device, seed, 0, epoch), device=device)
-        yield permutation[i * batch_size : (i + 1) * batch_size]
-
-
 class Trainer:
-    """The state of a run between two steps, and how it is saved."""
+    """The state of a run between two steps, and how it is saved.
 
-    def __init__(self, config: Config, setup: Setup, folder: Path, log: RunLog) -> None:
+    Each of several processes takes its share of the images, and all their batch is in the loss; so the
+    weights stay the same everywhere. ``log`` is that of the first process, None in the others.
+    """
+
+    def __init__(self, config: Config, setup: Setup, folder: Path, log: RunLog | None) -> None:
         self.config, self.setup, self.folder, self.log = config, setup, folder, log
+        self.processes = setup.processes
         self.parameters = nn.ModuleList([setup.model, setup.objective])
         self.optimizer = build_optimizer(self.parameters, config)
         self.steps_per_epoch = len(setup.data.pretrain) // config.batch_size
         self.total = config.epochs * self.steps_per_epoch
         self.step = 0
         self.metrics = StepMetrics()
-        self.forward = setup.model.forward
+        self.network, self.objective = self.processes.wrap(setup.model), self.processes.wrap(setup.objective)
+        self.forward: Callable[[Tensor], Tensor] = self.network
 
     def compile(self) -> None:
         """Compile network and views; a compiler that does not work costs a warning, not the run."""
         on = self.config.compile == "on" or (self.config.compile == "auto" and self.setup.device.type == "cuda")
         if not on:
             return
-        self.forward = torch.compile(self.setup.model)
+        self.forward = torch.compile(self.network)
         self.setup.preprocess.compile()
+        buffers = [buffer.clone() for buffer in self.setup.model.buffers()]
         try:
             with torch.random.fork_rng():
-                self.loss_of(self.batch_of(0), 0)  # runs the compiler; batch norm's statistics are put back
+                self.loss_of(self.batch_of(0), 0)  # runs the compiler
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             if self.config.compile == "on":
                 raise UserError(f"--compile on: {str(error).splitlines()[0]}") from error
             print(f"warning: not compiled: {str(error).splitlines()[0]}", file=sys.stderr)
-            self.forward = self.setup.model.forward
+            self.forward = self.network
             self.setup.preprocess.function = self.setup.preprocess.augment
+        finally:  # batch norm has seen a batch that does not count
+            for buffer, value in zip(self.setup.model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
 
     def batch_of(self, step: int) -> Tensor:
-        """The images of one step, [B, C, H, W] uint8 on the device."""
+        """The images of one step that are this process's, [B, C, H, W] uint8 on the device."""
         return next(self.batches(step, step + 1))
 
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         images, config = self.setup.data.pretrain, self.config
-        indices = random_batches(len(images), config.batch_size, config.seed, start, stop, images.device)
-        return prefetch(images, indices, self.setup.device)
+        whole = random_batches(len(images), config.batch_size, config.seed, start, stop, images.device)
+        share = self.processes.share(config.batch_size)
+        return prefetch(images, (indices[share] for indices in whole), self.setup.device)
 
     def loss_of(self, images: Tensor, step: int) -> tuple[Tensor, Any, Tensor]:
-        """(loss, pair statistics, embeddings [2B, D]) of images [B, C, H, W] uint8."""
-        device, preprocess = self.setup.device, self.setup.preprocess
-        parameters = preprocess.draw(2 * len(images), generator_for(device, self.config.seed, 1, step))
+        """(loss, pair statistics, own embeddings [2B, D]) of images [B, C, H, W] uint8."""
+        device, preprocess, batch = self.setup.device, self.setup.preprocess, self.config.batch_size
+        parameters = preprocess.draw(2 * batch, generator_for(device, self.config.seed, 1, step))
+        if self.processes.count > 1:  # of the whole batch's first and second views, the own ones
+            share = self.processes.share(batch)
+            parameters = parameters.rows(torch.arange(2 * batch, device=device).view(2, batch)[:, share].flatten())
         views = preprocess.function(images.repeat(2, 1, 1, 1), parameters)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.setup.bfloat16):
             if self.config.forward == "fused":
                 z = self.forward(views)  # batch norm sees 2B images
             else:
                 z = torch.cat([self.forward(view) for view in views.chunk(2)])
-        z = z.float()
-        return *self.setup.objective(*z.chunk(2)), z
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return *self.objective(*z.chunk(2)), z
 
     def state(self) -> dict[str, Any]:
         return {
@@ -239,23 +190,29 @@ class Trainer:
                 self.optimizer.step()
                 self.step += 1
 
-                self.metrics.add(loss, stats, z)
-                progress.advance(len(images))
-                save = self.step % (config.save_every * self.steps_per_epoch) == 0 or self.step == last
-                if self.step % config.log_every == 0 or save or stop.requested:
-                    epoch = math.ceil(self.step / self.steps_per_epoch)
-                    report(self.metrics, epoch, self.step, rate, z, progress, self.log)
-                if save or stop.requested:  # after the report, which stops at a loss that is not finite
-                    save_checkpoint(self.folder / CHECKPOINT, self.state())
+                z = self.processes.gather(z.detach())
+                progress.advance(config.batch_size)
+                stopped = self.processes.maximum(stop.requested)  # all stop after the same step
+                if self.processes.first:
+                    self.metrics.add(loss, stats, z)
+                    save = self.step % (config.save_every * self.steps_per_epoch) == 0 or self.step == last or stopped
+                    if self.step % config.log_every == 0 or save:
+                        epoch = math.ceil(self.step / self.steps_per_epoch)
+                        report(self.metrics, epoch, self.step, rate, z, progress, self.log)
+                    if save:  # after the report, which stops at a loss that is not finite
+                        save_checkpoint(self.folder / CHECKPOINT, self.state())
                 self.online_knn(progress)
-                if stop.requested:
-                    raise Interrupted(stop.requested, f"checkpoint of step {self.step} saved in {self.folder}")
+                if stopped:
+                    raise Interrupted(stopped, f"checkpoint of step {self.step} saved in {self.folder}")
 
     def online_knn(self, progress: Progress) -> None:
         """k-NN every few epochs: a tenth of the train split's images, looked up in the others."""
         split, every = self.setup.data.train, self.config.knn_every
         every = 10 if every is None else every
         if split is None or every == 0 or self.step % (every * self.steps_per_epoch):
+            return
+        if not self.processes.first:
+            self.processes.wait()
             return
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: KNN_BANK * 10 // 9]
         rows = extract_features(
@@ -267,8 +224,10 @@ class Trainer:
         )
         labels, held_out = split.labels.cpu()[order], max(len(order) // 10, 1)
         accuracy = 100 * knn_accuracy(Features(rows[held_out:], labels[held_out:], rows[:held_out], labels[:held_out]))
+        assert self.log is not None
         self.log.write("knn", epoch=self.step // self.steps_per_epoch, step=self.step, accuracy=accuracy)
         progress.say(f"k-NN on held-out training images: {accuracy:.1f} %")
+        self.processes.wait()
 
 
 class Interrupted(Exception):
@@ -351,26 +310,24 @@ def open_run(config: Config, setup: Setup) -> tuple[Path, dict[str, Any] | None]
     return folder, None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> None:
     config, args = parse_arguments(argv, "pretrain.py", DESCRIPTION)
     if args.print_config:
         print(config.to_toml(), end="")
         return
-    setup = set_up(config)
+    setup = set_up(config, processes)
     if args.dry_run:
         dry_run(config, setup)
         return
-    folder, checkpoint = open_run(config, setup)
-    log = RunLog(folder, None if checkpoint is None else checkpoint["step"])
-    event = "start" if checkpoint is None else "resume"
+    folder, checkpoint = processes.from_first(lambda: open_run(config, setup))
+    log = open_log(folder, checkpoint, config, setup) if processes.first else None
     n = len(setup.data.pretrain)
-    command = shlex.join(["python", *sys.argv])
-    facts = {"data": setup.data.name, "images": n, "versions": versions(setup.device)}
-    log.write(event, command=command, config=asdict(config), **facts)
-    print(f"{setup.data.name}: {n} training images on {setup.device}, run folder {folder}", flush=True)
+    together = f" in each of {processes.count} processes" if processes.count > 1 else ""
+    print(f"{setup.data.name}: {n} training images on {setup.device}{together}, run folder {folder}", flush=True)
 
-    scored = config.evaluate and setup.data.train is not None
+    scored = config.evaluate and setup.data.train is not None and processes.first
     before = take_snapshot(setup) if scored else None
+    processes.wait()
     trainer = Trainer(config, setup, folder, log)
     if checkpoint is not None:
         trainer.load(checkpoint)
@@ -379,12 +336,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer.train()
     times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    if log is None:
+        return
     export_encoder(setup.model.backbone, setup.architecture, folder / ENCODER)
     if before is not None:
         finish(config, setup, folder, log, before, times)
     write_card(folder)
     log.close()
     print(f"trained in {times['seconds']:.0f} s; encoder, log, checkpoint and results are in {folder}")
+
+
+def open_log(folder: Path, checkpoint: dict[str, Any] | None, config: Config, setup: Setup) -> RunLog:
+    log = RunLog(folder, None if checkpoint is None else checkpoint["step"])
+    log.write(
+        "start" if checkpoint is None else "resume",
+        command=shlex.join(["python", *sys.argv]),
+        config=asdict(config),
+        data=setup.data.name,
+        images=len(setup.data.pretrain),
+        versions=versions(setup.device, setup.processes),
+    )
+    return log
 
 
 def dry_run(config: Config, setup: Setup) -> None:
@@ -419,23 +391,27 @@ def finish(config: Config, setup: Setup, folder: Path, log: RunLog, before: Snap
 
 def run(argv: Sequence[str] | None = None) -> int:
     """``main`` with a user's mistakes as one line and an exit code."""
+    processes = Processes.start()
     try:
-        main(argv)
+        main(argv, processes)
     except UserError as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
+        processes.fail(f"pretrain.py: {error}")
         return 2
     except Interrupted as interrupt:
         number, saved = interrupt.args
-        print(f"pretrain.py: interrupted: {saved}", file=sys.stderr)
+        processes.fail(f"pretrain.py: interrupted: {saved}")
         return 128 + number
     except KeyboardInterrupt:
-        print("pretrain.py: interrupted", file=sys.stderr)
+        processes.fail("pretrain.py: interrupted")
         return 130
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error):
+            processes.fail("pretrain.py: out of memory: try a smaller --batch-size")
+            return 2
+        if processes.count == 1:
             raise
-        print("pretrain.py: out of memory: try a smaller --batch-size", file=sys.stderr)
-        return 2
+        processes.fail(traceback.format_exc())
+        return 1
     return 0
 
 

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is interrupted, goes on, and what it must never lose."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("torchvision")
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from train import pretrain
+from train.run_folder import RunLog, save_checkpoint, write_atomically
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SCRIPT = ROOT / "train" / "pretrain.py"
+SMALL = ["--batch-size", "16", "--device", "cpu", "--log-every", "2"]
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_checkpoint_and_ends_the_run(number, code, tmp_path):
+    command = [sys.executable, "-u", str(SCRIPT), *SMALL, "--log-every", "1", "--output", str(tmp_path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == code
+    step = int(re.fullmatch(r"pretrain.py: interrupted: checkpoint of step (\d+) saved in .*\n", error)[1])
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == step >= 1
+
+
+def test_resume_is_bit_exact(tmp_path, fast_probes, capsys):
+    """Train 4 steps = train 2, stop, resume for 2; momentum, batch norm, shuffling and views included."""
+    common = [*SMALL, "--epochs", "2", "--seed", "1", "--log-every", "1"]
+    assert pretrain.run([*common, "--limit-steps", "4", "--output", str(tmp_path / "whole")]) == 0
+    assert pretrain.run([*common, "--limit-steps", "2", "--output", str(tmp_path / "parts")]) == 0
+    assert pretrain.run(["--resume", str(tmp_path / "parts"), "--limit-steps", "4"]) == 0
+    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 4
+    for part in ("backbone", "projector"):
+        assert all(torch.equal(parts[part][key], value) for key, value in whole[part].items()), part
+    buffers = [[state["momentum_buffer"] for state in c["optimizer"]["state"].values()] for c in (whole, parts)]
+    assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))
+    losses = [[e["loss"] for e in read_log(tmp_path / n) if e["event"] == "train"] for n in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
+def test_resume_auto_starts_goes_on_and_refuses_other_options(tmp_path, fast_probes, capsys):
+    output = tmp_path / "run"
+    common = [*SMALL, "--resume", "auto", "--output", str(output)]
+    assert pretrain.run([*common, "--limit-steps", "1"]) == 0
+    assert pretrain.run([*common, "--limit-steps", "2"]) == 0
+    assert "going on after step 1" in capsys.readouterr().out
+    before = (output / "checkpoint.pt").read_bytes()
+    assert pretrain.run([*common, "--temperature", "0.3", "--epochs", "40"]) == 2
+    error = capsys.readouterr().err
+    assert "was started with other options" in error
+    assert "  --temperature: 0.5 in the run, 0.3 now" in error
+    assert "  --epochs: 30 in the run, 40 now" in error
+    assert pretrain.run(["--resume", str(output), "--batch-size", "32"]) == 2
+    assert "  --batch-size: 16 in the run, 32 now" in capsys.readouterr().err
+    assert pretrain.run(["--resume", str(tmp_path)]) == 2
+    assert "is no run folder: it has no config.toml" in capsys.readouterr().err
+    assert (output / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", step=step, loss=float(step))
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')  # what a kill leaves
+    log = RunLog(tmp_path, resumed_step=2)
+    log.write("train", step=3, loss=9.0)
+    log.close()
+    assert [(e["step"], e["loss"]) for e in read_log(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss", "1,1.0", "2,2.0", "3,9.0"]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """A file size limit stands in for the full disk: the write fails half way in the same manner."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1, "weights": torch.zeros(10)})
+    code = (
+        "import resource, sys, torch; from pathlib import Path; from train.run_folder import *\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: save_checkpoint(Path(sys.argv[1]), {'step': 2, 'weights': torch.zeros(1_000_000)})\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert re.match(r"cannot save the checkpoint of step 2 \(.*\); the previous one is intact in ", done.stdout), done
+    assert torch.load(path, weights_only=True)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_atomically(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new"

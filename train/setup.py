@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is made of, built once from its options: data, network, loss, views."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from train.augment import Preprocess, ViewRanges
+from train.config import Config
+from train.data import ImageData, load_data
+from train.device import check_loss_backend, choose_device, use_bfloat16
+from train.model import PretrainModel, build_model, resolve_stem
+from train.objective import Objective
+from train.processes import ALONE, Processes
+from train.run_folder import UserError
+from train.sync_batch_norm import synchronize_batch_norm
+
+
+class Setup(NamedTuple):
+    """What is built once from the options."""
+
+    device: torch.device
+    data: ImageData
+    model: PretrainModel
+    objective: Objective
+    preprocess: Preprocess
+    bfloat16: bool
+    architecture: dict[str, Any]  #: what it takes to use the encoder elsewhere
+    processes: Processes  #: that share every batch
+
+
+def set_up(config: Config, processes: Processes = ALONE) -> Setup:
+    if config.batch_size % processes.count:
+        raise UserError(
+            f"--batch-size {config.batch_size} is that of all processes together: it must be a multiple of their "
+            f"number, {processes.count}"
+        )
+    device = choose_device(config.device, processes)
+    check_loss_backend(config.loss_backend, device)
+    with processes.one_before_the_others():
+        data = load_data(
+            config.data, root=Path(config.data_root), download=config.download, image_size=config.image_size
+        )
+    if config.knn_every and data.train is None:
+        raise UserError(f"--knn-every {config.knn_every}: {config.data} has no labels; pass --knn-every 0")
+    data = data.subset(config.subset).to(device)
+    if config.batch_size > len(data.pretrain):
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.pretrain)} training images")
+    mean, std = data.mean_std()
+    size = config.image_size or data.size
+    stem = resolve_stem(config.stem, size)
+    torch.manual_seed(config.seed)
+    model = build_model(config.backbone, data.channels, stem, config.projector, config.stem_padding).to(device)
+    if processes.count > 1:
+        synchronize_batch_norm(model, device)
+    ranges = ViewRanges(**{f.name: getattr(config, f.name) for f in fields(ViewRanges)})
+    architecture = {
+        "backbone": config.backbone,
+        "channels": data.channels,
+        "stem": stem,
+        "stem_padding": config.stem_padding,
+        "image_size": size,
+        "mean": mean.flatten().tolist(),
+        "std": std.flatten().tolist(),
+    }
+    return Setup(
+        device,
+        data,
+        model,
+        Objective(config).to(device),
+        Preprocess(mean, std, size, ranges),
+        use_bfloat16(config.precision, device),
+        architecture,
+        processes,
+    )
