@@ -19,7 +19,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,7 +242,8 @@ class Trainer:
                 save = self.step % (config.save_every * self.steps_per_epoch) == 0 or self.step == last
                 if self.step % config.log_every == 0 or save or stop.requested:
                     epoch = math.ceil(self.step / self.steps_per_epoch)
-                    report(self.metrics, epoch, self.step, rate, z, progress, self.log)
+                    norms = self.setup.objective.gradient_norms(z)
+                    report(self.metrics, epoch, self.step, rate, z, progress, self.log, norms)
                 if save or stop.requested:  # after the report, which stops at a loss that is not finite
                     save_checkpoint(self.folder / CHECKPOINT, self.state())
                 self.online_knn(progress)
@@ -274,9 +275,19 @@ class Interrupted(Exception):
 
 
 def report(
-    metrics: StepMetrics, epoch: int, step: int, lr: float, z: Tensor, progress: Progress, log: RunLog
+    metrics: StepMetrics,
+    epoch: int,
+    step: int,
+    lr: float,
+    z: Tensor,
+    progress: Progress,
+    log: RunLog,
+    norms: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Read the metrics of one interval and log their means; stop the run where the loss is not finite."""
+    """Read the metrics of one interval and log their means; stop the run where the loss is not finite.
+
+    ``z`` and the ``norms`` of its gradient are those of the interval's last step.
+    """
     rows = metrics.read()
     finite = rows[:, METRICS.index("loss")].isfinite()
     if not finite.all():
@@ -287,6 +298,7 @@ def report(
     information = math.log(2) - (means["positive_loss"] + means["negative_loss"]) / 2
     entry = {"epoch": epoch, "step": step, "lr": lr, **means, "js_estimate": information}
     entry |= {"rankme": float(rankme(z.detach())), "images_per_second": progress.rate}
+    entry |= norms or {}
     log.write("train", **entry)
     progress.report(epoch, step, means)
     if warning := collapse_warning(means):
