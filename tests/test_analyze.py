@@ -93,7 +93,7 @@ def test_step_0_is_the_run_s_own_start(analysed):
 def test_measuring_leaves_the_model_alone(run):
     config, setup = load_config(run), load_run(run, "cpu", None)
     before = {name: value.clone() for name, value in setup.model.state_dict().items()}
-    batch = analyze.Batch(config, setup, analyze.load_loss(config, setup, run))
+    batch = analyze.Batch(config, setup, analyze.load_loss(config, setup, run), 16)
     (move,) = analyze.last_layer_displacements(batch, setup.model, [0.1])
     z = batch.embed(setup.model)
     assert move.measured.shape == z.shape == (32, 128) and z.dtype == torch.float64
@@ -134,15 +134,19 @@ def test_the_share_of_positives_counts_both_kinds_alike():
 
 
 @pytest.mark.parametrize(
-    ("objective", "message"),
-    [("simclr", r"minimised simclr: the closed forms of docs/theory.md are those of mio"), (None, "is no run folder")],
+    ("objective", "options", "message"),
+    [
+        ("simclr", [], "minimised simclr: the closed forms of docs/theory.md are those of mio"),
+        (None, [], "is no run folder"),
+        (None, ["--images", "1"], "--images must be at least 2, got 1"),
+    ],
 )
-def test_a_mistake_is_one_line(objective, message, tmp_path, capsys):
+def test_a_mistake_is_one_line(objective, options, message, tmp_path, capsys):
     folder = tmp_path / "run"
     if objective is not None:
         assert pretrain.run([*SMALL, "--objective", objective, "--limit-steps", "1", "--output", str(folder)]) == 0
         assert "attraction_norm" not in (folder / "log.jsonl").read_text()
-    assert analyze.run([str(folder), "--device", "cpu"]) == 2
+    assert analyze.run([str(folder), "--device", "cpu", *options]) == 2
     error = capsys.readouterr().err
     assert re.match(f"analyze.py: .*{message}", error) and error.count("\n") == 1
 

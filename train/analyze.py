@@ -29,14 +29,13 @@ from torch import Tensor, nn
 import mio_ext
 from mio_ext import analysis
 from train.config import Config, OneLineParser, load_config
-from train.device import versions
+from train.device import is_out_of_memory, versions
 from train.evaluate import load_run
 from train.model import PretrainModel, build_model
 from train.pretrain import Setup, generator_for
 from train.probes import PairCosines, extract_features, pair_cosines
 from train.run_folder import ANALYSIS_DATA, ANALYSIS_PAGE, LOG, UserError, read_log, write_atomically
 
-BATCH = 256  #: images at most, two views each
 NORMS = ("attraction_norm", "repulsion_norm", "regularizer_norm", "gradient_norm")
 FRACTIONS = tuple(10.0**-k for k in range(7))  #: of the run's learning rate: the steps whose displacement is measured
 LAST_LAYER = "last layer"
@@ -67,10 +66,10 @@ class Batch:
     Batch norm uses the statistics of the batch, of each view alone if the run's --forward was "separate".
     """
 
-    def __init__(self, config: Config, setup: Setup, loss: Mapping[str, float]) -> None:
+    def __init__(self, config: Config, setup: Setup, loss: Mapping[str, float], size: int) -> None:
         images = setup.data.pretrain
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        chosen = images[order[: min(BATCH, config.batch_size)].to(images.device)].to(setup.device)
+        chosen = images[order[:size].to(images.device)].to(setup.device)
         generator = generator_for(setup.device, config.seed, 2)
         self.views = setup.preprocess.views(chosen.repeat(2, 1, 1, 1), generator).double()
         self.groups = 1 if config.forward == "fused" else 2
@@ -231,8 +230,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="analyze.py", description="Draw the closed forms of docs/theory.md for a run.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--data-root", help="where the data set is; default: as in the run")
+    parser.add_argument("--images", type=int, default=256, help="batch whose displacement is measured, at most (256)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
+    if args.images < 2:
+        raise UserError(f"--images must be at least 2, got {args.images}")
     try:
         from train import analysis_plots
     except ImportError as error:
@@ -240,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.run)
     setup = load_run(args.run, args.device, args.data_root)
     loss = load_loss(config, setup, args.run)
-    batch, model = Batch(config, setup, loss), setup.model
+    batch, model = Batch(config, setup, loss, min(args.images, config.batch_size)), setup.model
     series = history(args.run, at_step_0(batch, untrained_like(config, setup)))
     found, cosines = measured_information(config, setup, loss)
     rates = [config.learning_rate * fraction for fraction in FRACTIONS]
@@ -273,6 +275,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         main(argv)
     except UserError as error:
         print(f"analyze.py: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("analyze.py: out of memory: try fewer --images", file=sys.stderr)
         return 2
     return 0
 
