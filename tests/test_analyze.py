@@ -75,7 +75,8 @@ def test_the_prediction_is_the_measurement_for_short_steps(analysed):
         errors = [move["relative_error"] for move in several]
         assert [move["rate"] for move in several] == pytest.approx([0.5 / 10**k for k in range(7)])
         assert several[-1]["r2"] > 0.9999, name
-        assert errors[-2] / errors[-1] == pytest.approx(10, rel=0.3), name  # relative to Δz: first order
+        if name == analyze.LAST_LAYER:  # no ReLU behind it: the error relative to Δz is of first order
+            assert errors[2] / errors[3] == pytest.approx(10, rel=0.05)
 
 
 def test_step_0_is_the_run_s_own_start(analysed):
@@ -123,7 +124,8 @@ def test_the_best_affine_critic_is_the_best():
     plain = math.log(2) - float(
         (reference.softplus(-cosines.positive / 0.5).mean() + reference.softplus(cosines.negative / 0.5).mean()) / 2
     )
-    assert analyze.information(cosines, 2.0, 0.0) == pytest.approx(plain, abs=1e-12) < best
+    assert analyze.information(cosines, 2.0, 0.0) == pytest.approx(plain, abs=1e-12)
+    assert plain < best
 
 
 def test_the_share_of_positives_counts_both_kinds_alike():
