@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused pairwise sigmoid contrastive losses. Start at :func:`mio_loss`; the maths is in ``reference``."""
 
-from . import distributed, reference
+from . import analysis, distributed, reference
 from .losses import MIOLoss, SigLIPLoss, mio_loss, siglip_loss
 from .ops import available_backends
 from .reference import PairStats
@@ -11,6 +11,7 @@ __all__ = [
     "MIOLoss",
     "PairStats",
     "SigLIPLoss",
+    "analysis",
     "available_backends",
     "distributed",
     "mio_loss",

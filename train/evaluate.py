@@ -53,10 +53,9 @@ def load_run(run: Path, device: str, data_root: str | None) -> Setup:
     if data_root is not None:
         config = dataclasses.replace(config, data_root=data_root)
     setup = set_up(config)
-    if setup.data.train is None:
-        raise UserError(f"{config.data} has no labels to evaluate on")
     checkpoint = load_checkpoint(run / CHECKPOINT)
-    setup.model.backbone.load_state_dict(checkpoint["backbone"], strict=True)
+    for name, module in (*setup.model.named_children(), ("objective", setup.objective)):
+        module.load_state_dict(checkpoint[name], strict=True)
     # The statistics of the images that pre-training saw, which a subset or a changed folder would shift.
     mean, std = (setup.preprocess.mean.new_tensor(checkpoint["architecture"][key]) for key in ("mean", "std"))
     return setup._replace(preprocess=Preprocess(mean, std, setup.preprocess.size, setup.preprocess.ranges))
@@ -107,6 +106,8 @@ def classify(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     setup = load_run(args.run, args.device, args.data_root)
+    if setup.data.train is None:
+        raise UserError(f"{setup.data.name} has no labels to evaluate on")
     if args.protocol == "knn":
         result = {"knn": 100 * probes.knn_accuracy(frozen_features(setup))}
     elif args.protocol == "linear":

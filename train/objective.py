@@ -45,9 +45,25 @@ class Objective(nn.Module):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
             self.learnt_bias = nn.Parameter(torch.tensor(float(config.bias)))
 
-    def forward(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Any]:
+    def critic(self) -> tuple[float | Tensor, float | Tensor]:
+        """Temperature and bias as they are now."""
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.exp()
-        bias = self.bias if self.learnt_bias is None else self.learnt_bias
+        return temperature, self.bias if self.learnt_bias is None else self.learnt_bias
+
+    def gradient_norms(self, z: Tensor) -> dict[str, float]:
+        """Norms of MIO's dL/dz [2B, D] and of its parts, docs/theory.md eq. (23)-(25); nothing for another loss."""
+        if self.name != "mio":
+            return {}
+        temperature, bias = self.critic()
+        parts = mio_ext.analysis.gradient_parts(
+            *z.chunk(2), temperature=temperature, regularizer=self.regularizer, bias=bias, backend=self.backend
+        )
+        return {
+            f"{name}_norm": float(part.norm()) for name, part in (*parts._asdict().items(), ("gradient", parts.total))
+        }
+
+    def forward(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Any]:
+        temperature, bias = self.critic()
         if self.name == "mio":
             return distributed.mio_loss(
                 z1,

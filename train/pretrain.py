@@ -21,7 +21,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,7 +190,7 @@ class Trainer:
                 self.optimizer.step()
                 self.step += 1
 
-                z = self.processes.gather(z.detach())
+                z = torch.cat([self.processes.gather(half) for half in z.detach().chunk(2)])
                 progress.advance(config.batch_size)
                 stopped = self.processes.maximum(stop.requested)  # all stop after the same step
                 if self.processes.first:
@@ -198,7 +198,8 @@ class Trainer:
                     save = self.step % (config.save_every * self.steps_per_epoch) == 0 or self.step == last or stopped
                     if self.step % config.log_every == 0 or save:
                         epoch = math.ceil(self.step / self.steps_per_epoch)
-                        report(self.metrics, epoch, self.step, rate, z, progress, self.log)
+                        norms = self.setup.objective.gradient_norms(z)
+                        report(self.metrics, epoch, self.step, rate, z, progress, self.log, norms)
                     if save:  # after the report, which stops at a loss that is not finite
                         save_checkpoint(self.folder / CHECKPOINT, self.state())
                 self.online_knn(progress)
@@ -235,9 +236,19 @@ class Interrupted(Exception):
 
 
 def report(
-    metrics: StepMetrics, epoch: int, step: int, lr: float, z: Tensor, progress: Progress, log: RunLog
+    metrics: StepMetrics,
+    epoch: int,
+    step: int,
+    lr: float,
+    z: Tensor,
+    progress: Progress,
+    log: RunLog,
+    norms: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Read the metrics of one interval and log their means; stop the run where the loss is not finite."""
+    """Read the metrics of one interval and log their means; stop the run where the loss is not finite.
+
+    ``z`` and the ``norms`` of its gradient are those of the interval's last step.
+    """
     rows = metrics.read()
     finite = rows[:, METRICS.index("loss")].isfinite()
     if not finite.all():
@@ -248,6 +259,7 @@ def report(
     information = math.log(2) - (means["positive_loss"] + means["negative_loss"]) / 2
     entry = {"epoch": epoch, "step": step, "lr": lr, **means, "js_estimate": information}
     entry |= {"rankme": float(rankme(z.detach())), "images_per_second": progress.rate}
+    entry |= norms or {}
     log.write("train", **entry)
     progress.report(epoch, step, means)
     if warning := collapse_warning(means):

@@ -24,7 +24,12 @@ LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS = (
 LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT = "loss.png", "cosines.png", "embedding.png"
 ENCODER, CARD = "encoder.safetensors", "README.md"
 TENSORBOARD = "events.out.tfevents.*"
-RUN_FILES = (LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS, LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT, ENCODER, CARD)
+ANALYSIS_PAGE, ANALYSIS_DATA = "analysis.md", "analysis.json"
+ANALYSIS_PLOTS = tuple(f"analysis-{name}.png" for name in ("training", "cosines", "displacement", "toy"))
+RUN_FILES = (
+    *(LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS, LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT, ENCODER, CARD),
+    *(ANALYSIS_PAGE, ANALYSIS_DATA, *ANALYSIS_PLOTS),
+)
 
 
 class UserError(Exception):
