@@ -20,8 +20,7 @@ struct Packed {
 
   void allocate(int64_t count, int64_t dim, int64_t block, bool columns, bool grad, bool with_ids) {
     n = count, d = dim;
-    const int64_t vectors = (d + kWidth<T> - 1) / kWidth<T>;
-    ld = (vectors | 1) * kWidth<T>;
+    ld = (width() / kWidth<T> | 1) * kWidth<T>;
     const int64_t padded = (n + block - 1) / block * block;
     rows.allocate(padded * ld);
     if (columns) panels.allocate(padded * d);
@@ -30,6 +29,9 @@ struct Packed {
     if (grad) gradient.allocate(padded * ld);
     if (with_ids) ids.allocate(padded);
   }
+
+  // Columns of a row that hold anything: whole vectors.
+  int64_t width() const { return (d + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
 
   // Rows [first, first + kPanel) of z [n, d].
   void pack(const T* z, int64_t first, bool normalize) {
@@ -186,10 +188,10 @@ class Pass {
     sums.add(tile_sums, symmetric_ && !diagonal ? 2 : 1);
     // dx += s y, dy += sT x
     if (in_.dx)
-      gemm<T, false, true>(m, cols.ld, n, s, lds, cols.rows.data() + col0 * cols.ld, kPanel<T>, cols.ld,
+      gemm<T, false, true>(m, cols.width(), n, s, lds, cols.rows.data() + col0 * cols.ld, kPanel<T>, cols.ld,
                            x_.gradient.data() + row0 * x_.ld, x_.ld);
     if (cols.gradient.data() && !diagonal)
-      gemm<T, true, true>(n, x_.ld, m, s, lds, x_.rows.data() + row0 * x_.ld, kPanel<T>, x_.ld,
+      gemm<T, true, true>(n, x_.width(), m, s, lds, x_.rows.data() + row0 * x_.ld, kPanel<T>, x_.ld,
                           cols.gradient.data() + col0 * cols.ld, cols.ld);
   }
 
