@@ -7,19 +7,13 @@ namespace MIO_ISA {
 
 template <typename T>
 double sum_of_squares(const T* in, int64_t d) {
-  typedef T Eight __attribute__((vector_size(8 * sizeof(T))));
-  typedef double Doubles __attribute__((vector_size(64)));
-  Doubles lanes{};
+  double lanes[8] = {};
   int64_t c = 0;
-  for (; c + 8 <= d; c += 8) {
-    Eight v;
-    __builtin_memcpy(&v, in + c, sizeof v);
-    const Doubles w = __builtin_convertvector(v, Doubles);
-    lanes += w * w;
-  }
+  for (; c + 8 <= d; c += 8)
+    for (int l = 0; l < 8; ++l) lanes[l] += double(in[c + l]) * double(in[c + l]);
+  for (; c < d; ++c) lanes[c % 8] += double(in[c]) * double(in[c]);
   double sum = 0;
-  for (int lane = 0; lane < 8; ++lane) sum += lanes[lane];
-  for (; c < d; ++c) sum += double(in[c]) * double(in[c]);
+  for (double lane : lanes) sum += lane;
   return sum;
 }
 
