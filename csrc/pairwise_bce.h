@@ -73,6 +73,7 @@ struct PairwiseBCE {
   int64_t shift;      // positive column of row i: offset + (i + shift) mod M, if below K
   int64_t offset;     // own column of row i: offset + i
   bool exclude_self;  // a row and its own column are no pair
+  bool bfloat16;      // x and y hold bfloat16 values: their products may be taken in that type
   bool normalize;     // eq. (1) on rows and columns, eq. (10) on the gradients
   LossParams params;
   T* dx;  // [M, D], contiguous; nullptr: not wanted

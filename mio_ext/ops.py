@@ -100,7 +100,8 @@ def pairwise_bce(
 ) -> tuple[Tensor, PairStats]:
     """:func:`reference.pairwise_bce` on a backend; same arguments, same results.
 
-    16-bit features are computed on in float32 and get 16-bit gradients; autocast changes nothing.
+    16-bit features get exact float32 logits and 16-bit gradients, for which a backend may round σ to bfloat16 or
+    float16; autocast changes nothing.
     What csrc/ops.cpp asks of offset and shift holds for fused backends only.
 
     Raises:

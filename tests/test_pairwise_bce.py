@@ -68,6 +68,30 @@ def test_dtypes(m, k, d, form, dtype, backend):
     assert_matches_reference(backend, *features(m, k, d, dtype), **FORMS[form])
 
 
+@pytest.mark.parametrize("d", [20, 128, 300])
+def test_16_bit_rows_that_sum_to_nothing(d, backend):
+    """What pushes rows apart makes their sum vanish: then a sigma rounded to 16 bits shows in the gradient."""
+    x, _ = features(1026, 1, d, torch.float32)
+    for _ in range(20):
+        x = torch.nn.functional.normalize(x - x.mean(0))
+    kwargs = {"shift": 513, "exclude_self": True, "normalize": True, "weights": (1 / 1026, 1 / 1026 / 1024, 0.0)}
+    assert_matches_reference(backend, x.bfloat16(), None, scale=(2.0, 2.0), bias=0.0, **kwargs)
+
+
+@pytest.mark.parametrize("norm", [1e-9, 1e-3, 1e4, 1e25])
+def test_bfloat16_rows_of_any_norm(norm, backend):
+    """Products of the rows as they are would leave float32's range; their cosines do not."""
+    x, y = (norm * t for t in features(65, 90, 33, torch.float64))
+    x[3], y[5], y[6] = 0, 0, 1e-30
+    x, y = (t.bfloat16().to(backend[1]) for t in (x, y))
+    kwargs = {"scale": (5.0, 4.0), "normalize": True, "weights": (0.3, 0.01, 0.2)}
+    loss, grads, _ = run(backend[0], x, y, **kwargs)
+    exact, exact_grads, _ = run("reference", x, y, torch.float64, **kwargs)
+    assert relative_error(loss, exact) < TOLERANCE[torch.bfloat16][0]
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert exact_grad.norm() > 0 and relative_error(grad, exact_grad) < TOLERANCE[torch.bfloat16][1]
+
+
 @pytest.mark.parametrize("m", [2, 3, 31, 33, 250, 1026])
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_rows_against_themselves(m, exclude_self, backend):
@@ -215,7 +239,7 @@ def other_instruction_sets():
 @pytest.mark.parametrize("isa", other_instruction_sets())
 def test_other_instruction_sets(isa):
     """The best one is what every other test runs on."""
-    select = "test_rows or test_dtypes or test_ids or test_extreme or test_many"
+    select = "test_rows or test_dtypes or test_16 or test_bfloat16 or test_ids or test_extreme or test_many"
     result = run_python("-m", "pytest", "-q", "-x", __file__, "-k", select, env={"MIO_CPU_ISA": isa})
     assert result.returncode == 0, result.stdout[-3000:]
     report = run_python("-m", "mio_ext", env={"MIO_CPU_ISA": isa})

@@ -62,6 +62,7 @@ Outputs pairwise_bce_of(const Tensor& x, const std::optional<Tensor>& y, const s
   problem.shift = shift;
   problem.offset = offset;
   problem.exclude_self = exclude_self;
+  problem.bfloat16 = x.scalar_type() == at::kBFloat16;
   problem.normalize = normalize;
   double values[6];
   for (int i = 0; i < 6; ++i) values[i] = params ? (*params)[i].item<double>() : constants[i];

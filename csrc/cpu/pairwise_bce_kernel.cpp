@@ -7,38 +7,89 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 // GCC compiles parts of a file for other targets than the rest; clang ignores the pragma for that.
 #if defined(__x86_64__) && !defined(__clang__)
 #define MIO_X86_TARGETS
+#include <immintrin.h>
 #endif
 
 namespace mio_ext {
-namespace {
 
 using Parallel = ParallelFor;
+
+// Memory a thread keeps for its next call. Where a batch is small, fresh pages cost as much as half the
+// arithmetic, and a training loop asks for the same sizes at every step.
+class Reserve {
+ public:
+  static Reserve& of_this_thread() {
+    thread_local Reserve reserve;
+    return reserve;
+  }
+  ~Reserve() { keep_at_most(0); }
+
+  void* take(size_t bytes) {
+    for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+      if (block->bytes == bytes) {
+        void* memory = block->memory;
+        kept_ -= bytes;
+        blocks_.erase(block);
+        return memory;
+      }
+    return ::operator new(bytes, kLine);
+  }
+
+  void give(void* memory, size_t bytes) {
+    blocks_.push_back({memory, bytes});
+    kept_ += bytes;
+    keep_at_most(kMaxKept);
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  static constexpr size_t kMaxKept = size_t{8} << 20;
+  struct Block {
+    void* memory;
+    size_t bytes;
+  };
+
+  void keep_at_most(size_t limit) {
+    while (kept_ > limit) {
+      ::operator delete(blocks_.front().memory, kLine);
+      kept_ -= blocks_.front().bytes;
+      blocks_.erase(blocks_.begin());
+    }
+  }
+
+  std::vector<Block> blocks_;  // the oldest first
+  size_t kept_ = 0;
+};
 
 // Uninitialised memory on a cache line.
 template <typename T>
 class Buffer {
  public:
-  void allocate(int64_t count) {
-    memory_.reset(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kLine)));
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() {
+    if (data_) Reserve::of_this_thread().give(data_, bytes_);
   }
-  T* data() { return memory_.get(); }
-  const T* data() const { return memory_.get(); }
+  void allocate(int64_t count) {
+    bytes_ = static_cast<size_t>(count) * sizeof(T);
+    data_ = static_cast<T*>(Reserve::of_this_thread().take(bytes_));
+  }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
 
  private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, kLine); }
-  };
-  std::unique_ptr<T, Free> memory_;
+  T* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 // Ids of any size become small numbers, equal where the ids are: a vector lane holds one.
@@ -58,10 +109,19 @@ class Ranks {
   std::vector<int64_t> sorted_;
 };
 
-}  // namespace
 }  // namespace mio_ext
 
 #if defined(MIO_X86_TARGETS)
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx512bf16,fma,avx2")
+#define MIO_ISA avx512bf16
+#define MIO_VECTOR_BYTES 64
+#define MIO_MR 8
+#define MIO_NV 2
+#define MIO_BFLOAT16
+#include "pairwise_bce_pass.h"
+#pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,avx2")
@@ -95,8 +155,10 @@ std::vector<std::string> cpu_instruction_sets() {
   std::vector<std::string> names;
 #if defined(MIO_X86_TARGETS)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw"))
+      __builtin_cpu_supports("avx512bw")) {
+    if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512bf16");
     names.push_back("avx512");
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
 #endif
   names.push_back("portable");
@@ -125,6 +187,7 @@ std::string cpu_instruction_set() { return chosen(); }
 template <typename T>
 PairSums pairwise_bce_cpu(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel) {
 #if defined(MIO_X86_TARGETS)
+  if (chosen() == "avx512bf16") return avx512bf16::run(problem, threads, parallel);
   if (chosen() == "avx512") return avx512::run(problem, threads, parallel);
   if (chosen() == "avx2") return avx2::run(problem, threads, parallel);
 #endif

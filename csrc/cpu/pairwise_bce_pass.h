@@ -2,86 +2,17 @@
 // One pass over all tiles of rows x columns. Fused: the logits of a tile, their loss, sigmoid and
 // statistics, and the tile's share of both gradients; a tile of logits lives only in the cache of the
 // thread that works on it.
-#include "pairwise_bce_kernel.h"
+#if defined(MIO_BFLOAT16)
+#include "packed_bfloat16.h"
+#else
+#include "packed.h"
+#endif
 
 namespace mio_ext {
 namespace MIO_ISA {
 
-// A set of rows in the two layouts the products want, normalised, plus what eq. (10) needs later.
-template <typename T>
-struct Packed {
-  int64_t n, d, ld;                    // ld: row stride, an odd number of vectors, so that rows do not share cache sets
-  Buffer<T> rows;                      // [n up to block, ld], zero padded
-  Buffer<T> panels;                    // [n / kPanel up][d][kPanel]: the transpose, in panels; columns only
-  Buffer<T> inverse;                   // [n] 1/max(|z|, eps), 0 where the gradient is 0; 1 without normalisation
-  Buffer<T> norm2;                     // [n up to block] |row|^2 after normalisation
-  Buffer<T> gradient;                  // [n up to block, ld] dL/drow / unit
-  Buffer<typename Simd<T>::Lane> ids;  // [n up to block]
-
-  void allocate(int64_t count, int64_t dim, int64_t block, bool columns, bool grad, bool with_ids) {
-    n = count, d = dim;
-    const int64_t vectors = (d + kWidth<T> - 1) / kWidth<T>;
-    ld = (vectors | 1) * kWidth<T>;
-    const int64_t padded = (n + block - 1) / block * block;
-    rows.allocate(padded * ld);
-    if (columns) panels.allocate(padded * d);
-    inverse.allocate(padded);
-    norm2.allocate(padded);
-    if (grad) gradient.allocate(padded * ld);
-    if (with_ids) ids.allocate(padded);
-  }
-
-  // Rows [first, first + kPanel) of z [n, d].
-  void pack(const T* z, int64_t first, bool normalize) {
-    for (int64_t i = first; i < first + kPanel<T>; ++i) {
-      T* row = rows.data() + i * ld;
-      const T* in = z + i * d;
-      double sum = 0;
-      if (i < n) sum = sum_of_squares(in);
-      const double norm = __builtin_sqrt(sum);
-      const double scale = !normalize ? 1 : 1 / (norm < kNormEps ? kNormEps : norm);
-      inverse.data()[i] = normalize && norm <= kNormEps ? T(0) : T(scale);
-      norm2.data()[i] = T(sum * scale * scale);
-      for (int64_t c = 0; c < d; ++c) row[c] = i < n ? T(in[c] * scale) : T(0);
-      for (int64_t c = d; c < ld; ++c) row[c] = 0;
-      if (gradient.data())
-        for (int64_t c = 0; c < ld; ++c) gradient.data()[i * ld + c] = 0;
-    }
-    if (!panels.data()) return;
-    T* panel = panels.data() + first * d;
-    const T* row = rows.data() + first * ld;
-    for (int64_t c = 0; c < d; ++c)
-      for (int64_t i = 0; i < kPanel<T>; ++i) panel[c * kPanel<T> + i] = row[i * ld + c];
-  }
-
-  double sum_of_squares(const T* in) const {
-    double lanes[8] = {};
-    int64_t c = 0;
-    for (; c + 8 <= d; c += 8)
-      for (int l = 0; l < 8; ++l) lanes[l] += double(in[c + l]) * double(in[c + l]);
-    for (; c < d; ++c) lanes[c % 8] += double(in[c]) * double(in[c]);
-    double sum = 0;
-    for (double lane : lanes) sum += lane;
-    return sum;
-  }
-
-  // Eq. (10): out [d] = unit inverse (g - (row . g) row), for row i.
-  void finish(int64_t i, T unit, bool normalize, T* out) const {
-    const T* g = gradient.data() + i * ld;
-    const T* row = rows.data() + i * ld;
-    T along = 0;
-    if (normalize) {
-      T lanes[16] = {};
-      for (int64_t c = 0; c < ld; c += kWidth<T>)
-        for (int l = 0; l < kWidth<T>; ++l) lanes[l] += g[c + l] * row[c + l];
-      for (T lane : lanes) along += lane;
-    }
-    const T scale = unit * inverse.data()[i];
-    for (int64_t c = 0; c < d; ++c) out[c] = scale * (g[c] - along * row[c]);
-  }
-};
-
-template <typename T>
+// Rows: Packed<T>, or PackedBfloat16 where T is float.
+template <typename T, typename Rows>
 class Pass {
  public:
   explicit Pass(const PairwiseBCE<T>& problem)
@@ -97,8 +28,8 @@ class Pass {
 
   // Row blocks own the sums of their tiles: added in the order of the schedule, not of the threads.
   PairSums run(int threads, const Parallel& parallel) {
-    each_panel(threads, parallel, x_, in_.x);
-    if (!symmetric_) each_panel(threads, parallel, y_, in_.y);
+    each_block(threads, parallel, x_, in_.x);
+    if (!symmetric_) each_block(threads, parallel, y_, in_.y);
     if (in_.x_ids) {
       const Ranks ranks(in_.x_ids, in_.m, in_.y_ids, symmetric_ ? 0 : in_.k);
       for (int64_t i = 0; i < in_.m; ++i) x_.ids.data()[i] = ranks(in_.x_ids[i]);
@@ -112,11 +43,13 @@ class Pass {
     parallel(threads, [&](int) {
       Buffer<T> logits;
       logits.allocate(row_block_ * tile_ld());
+      typename Rows::Scratch scratch;
+      scratch.allocate(row_block_, col_block_);
       for (;;) {
         const Schedule::Task task = schedule.take();
         if (task.round < 0) break;
         if (task.row < row_blocks && task.col < col_blocks)
-          tile(task.row * row_block_, task.col * col_block_, logits.data(), sums[task.row]);
+          tile(task.row * row_block_, task.col * col_block_, logits.data(), scratch, sums[task.row]);
         schedule.done(task);
       }
     });
@@ -139,44 +72,57 @@ class Pass {
   static_assert(32 % kPanel<T> == 0 && kPanel<T> % MIO_MR == 0,
                 "blocks are whole panels, panels whole register blocks");
 
-  static constexpr int64_t kFeatures = 128;
-
   int64_t tile_ld() const { return col_block_ + kWidth<T>; }  // an odd number of vectors
-  Packed<T>& columns() { return symmetric_ ? x_ : y_; }
+  Rows& columns() { return symmetric_ ? x_ : y_; }
 
-  void each_panel(int threads, const Parallel& parallel, Packed<T>& packed, const T* z) {
-    const int64_t padded = (packed.n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
+  void each_block(int threads, const Parallel& parallel, Rows& packed, const T* z) {
     std::atomic<int64_t> next{0};
     parallel(threads, [&](int) {
-      for (int64_t i; (i = next.fetch_add(kPanel<T>)) < padded;) packed.pack(z, i, in_.normalize);
+      for (int64_t first; (first = next.fetch_add(packed.block)) < packed.n;) packed.pack(z, first, in_.normalize);
     });
   }
 
   // Where y = x every row is in both roles, and G is symmetric: twice the row gradient, eq. (9).
-  void each_row(int threads, const Parallel& parallel, const Packed<T>& packed, T* out) {
+  void each_row(int threads, const Parallel& parallel, const Rows& packed, T* out) {
     if (!out) return;
     std::atomic<int64_t> next{0};
     constexpr int64_t kRows = 64;
     parallel(threads, [&](int) {
       for (int64_t first; (first = next.fetch_add(kRows)) < packed.n;)
         for (int64_t i = first; i < packed.n && i < first + kRows; ++i)
-          packed.finish(i, params_.unit * (symmetric_ ? 2 : 1), in_.normalize, out + i * packed.d);
+          finish(packed, i, params_.unit * (symmetric_ ? 2 : 1), out + i * packed.d);
     });
   }
 
+  // Eq. (10): out [d] = unit inverse (g - (row . g) row), for row i.
+  void finish(const Rows& packed, int64_t i, T unit, T* out) const {
+    using Vec = typename Simd<T>::Vec;
+    constexpr int W = kWidth<T>;
+    const T* g = packed.gradient.data() + i * packed.ld;
+    T along = 0;
+    if (in_.normalize) {
+      Vec lanes{};
+      for (int64_t c = 0; c < packed.d; c += W) lanes += load(g + c) * packed.row_vector(i, c);
+      for (int lane = 0; lane < W; ++lane) along += lanes[lane];
+    }
+    const T scale = unit * packed.inverse.data()[i];
+    for (int64_t c = 0; c < packed.d; c += W) {
+      const Vec v = scale * (load(g + c) - along * packed.row_vector(i, c));
+      if (c + W <= packed.d)
+        __builtin_memcpy(out + c, &v, sizeof v);
+      else
+        for (int lane = 0; c + lane < packed.d; ++lane) out[c + lane] = v[lane];
+    }
+  }
+
   // Rows [row0, row0 + row_block) against columns [col0, col0 + col_block).
-  void tile(int64_t row0, int64_t col0, T* s, PairSums& sums) {
-    Packed<T>& cols = columns();
-    const int64_t d = in_.d, lds = tile_ld();
+  void tile(int64_t row0, int64_t col0, T* s, typename Rows::Scratch& scratch, PairSums& sums) {
+    Rows& cols = columns();
+    const int64_t lds = tile_ld();
     const int64_t m = in_.m - row0 < row_block_ ? in_.m - row0 : row_block_;
     const int64_t n = cols.n - col0 < col_block_ ? cols.n - col0 : col_block_;
-    const int64_t n_padded = (n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
-    // s = x yT, summed over the features in parts, for the same reason as in register_block()
-    for (int64_t c = 0; c < d; c += kFeatures) {
-      auto product = c == 0 ? gemm<T, false, false> : gemm<T, false, true>;
-      product(m, n_padded, d - c < kFeatures ? d - c : kFeatures, x_.rows.data() + row0 * x_.ld + c, x_.ld,
-              cols.panels.data() + col0 * d + c * kPanel<T>, kPanel<T> * d, kPanel<T>, s, lds);
-    }
+    // s = x yT
+    Rows::logits(x_, row0, m, cols, col0, n, in_.normalize, s, lds);
     // s becomes the loss's derivative
     const bool diagonal = symmetric_ && row0 == col0;
     PairSums tile_sums;
@@ -185,17 +131,16 @@ class Pass {
     // y = x: a tile off the diagonal stands for its mirror image too.
     sums.add(tile_sums, symmetric_ && !diagonal ? 2 : 1);
     // dx += s y, dy += sT x
-    if (in_.dx)
-      gemm<T, false, true>(m, cols.ld, n, s, lds, cols.rows.data() + col0 * cols.ld, kPanel<T>, cols.ld,
-                           x_.gradient.data() + row0 * x_.ld, x_.ld);
-    if (cols.gradient.data() && !diagonal)
-      gemm<T, true, true>(n, x_.ld, m, s, lds, x_.rows.data() + row0 * x_.ld, kPanel<T>, x_.ld,
-                          cols.gradient.data() + col0 * cols.ld, cols.ld);
+    const ClassSums& negative = tile_sums.negative;
+    const double mean = negative.count > 0 ? params_.grad_n * negative.sigmoid / negative.count : 0;
+    if (grad)
+      Rows::gradients(x_, row0, m, cols, col0, n, in_.dx != nullptr, cols.gradient.data() && !diagonal, s, lds, mean,
+                      scratch);
   }
 
   template <bool kGrad>
   void terms(int64_t row0, int64_t col0, int64_t rows, int64_t cols, T* s, PairSums& sums) {
-    const Packed<T>& columns = this->columns();
+    const Rows& columns = this->columns();
     if (!in_.x_ids && cols % kWidth<T> == 0 && !diagonals_touch(row0, col0, rows, cols))
       return negative_tile<T, kGrad>(params_, rows, cols, s, tile_ld(), sums.negative);
     TileLabels<T> labels;
@@ -225,12 +170,16 @@ class Pass {
   const bool symmetric_;
   const TileParams<T> params_;
   const int64_t row_block_, col_block_;
-  Packed<T> x_, y_;
+  Rows x_, y_;
 };
 
 template <typename T>
 PairSums run(const PairwiseBCE<T>& problem, int threads, const Parallel& parallel) {
-  return Pass<T>(problem).run(threads, parallel);
+#if defined(MIO_BFLOAT16)
+  if constexpr (std::is_same_v<T, float>)
+    if (problem.bfloat16) return Pass<T, PackedBfloat16>(problem).run(threads, parallel);
+#endif
+  return Pass<T, Packed<T>>(problem).run(threads, parallel);
 }
 
 }  // namespace MIO_ISA
@@ -240,3 +189,4 @@ PairSums run(const PairwiseBCE<T>& problem, int threads, const Parallel& paralle
 #undef MIO_VECTOR_BYTES
 #undef MIO_MR
 #undef MIO_NV
+#undef MIO_BFLOAT16

@@ -42,6 +42,14 @@ struct Simd<double> {
 
 template <typename T>
 constexpr int kWidth = MIO_VECTOR_BYTES / sizeof(T);
+
+// Two bfloat16 values, the first in the low half: one operand of a dot-product instruction.
+using Pair = uint32_t;
+template <>
+struct Simd<Pair> {
+  typedef Pair Vec __attribute__((vector_size(MIO_VECTOR_BYTES)));
+};
+
 // Columns of one register block; packed panels have this width.
 template <typename T>
 constexpr int kPanel = kWidth<T> * MIO_NV;
@@ -61,11 +69,21 @@ inline void store(T* p, typename Simd<T>::Vec v) {
 
 // ---------------------------------------------------------------- matrix products
 
+template <typename T>
+inline typename Simd<T>::Vec multiply_add(T a, typename Simd<T>::Vec b, typename Simd<T>::Vec sum) {
+  return sum + a * b;
+}
+#if defined(MIO_BFLOAT16)
+inline Simd<float>::Vec multiply_add(Pair a, Simd<Pair>::Vec b, Simd<float>::Vec sum) {
+  return Simd<float>::Vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(Simd<Pair>::Vec{} + a), __m512bh(b)));
+}
+#endif
+
 // c [MIO_MR, NV vectors] (+)= a b over k, all accumulators in registers. They start at zero and meet c
 // at the end: a sum of sums over tiles, which rounds less than one long sum.
-// a(m, k) = a[m * lda + k], or a[k * lda + m] where kTransA.
-template <typename T, int NV, bool kTransA, bool kAccumulate>
-inline void register_block(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
+// a(m, k) = a[m * lda + k], or a[k * lda + m] where kTransA. E: T, or Pair where T is float.
+template <typename T, typename E, int NV, bool kTransA, bool kAccumulate>
+inline void register_block(int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, T* c, int64_t ldc) {
   using Vec = typename Simd<T>::Vec;
   constexpr int W = kWidth<T>;
   Vec acc[MIO_MR][NV];
@@ -74,14 +92,14 @@ inline void register_block(int64_t k, const T* a, int64_t lda, const T* b, int64
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[m][v] = Vec{};
   for (int64_t i = 0; i < k; ++i) {
-    Vec bv[NV];
+    typename Simd<E>::Vec bv[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) bv[v] = load(b + i * ldb + v * W);
 #pragma GCC unroll 32
     for (int m = 0; m < MIO_MR; ++m) {
-      const T av = kTransA ? a[i * lda + m] : a[m * lda + i];
+      const E av = kTransA ? a[i * lda + m] : a[m * lda + i];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[m][v] += av * bv[v];
+      for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add(av, bv[v], acc[m][v]);
     }
   }
 #pragma GCC unroll 32
@@ -95,17 +113,17 @@ inline void register_block(int64_t k, const T* a, int64_t lda, const T* b, int64
 
 // c [m, n] (+)= a b. m is rounded up to MIO_MR (the buffers have room), n is a multiple of the vector
 // width. Panel p of b, kPanel columns wide, starts at b + p * b_panel and has rows of ldb elements.
-template <typename T, bool kTransA, bool kAccumulate>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t b_panel, int64_t ldb, T* c,
+template <typename T, typename E, bool kTransA, bool kAccumulate>
+void gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t b_panel, int64_t ldb, T* c,
           int64_t ldc) {
   const int64_t a_step = kTransA ? 1 : lda;
   int64_t n0 = 0;
   for (; n0 + kPanel<T> <= n; n0 += kPanel<T>, b += b_panel)
     for (int64_t m0 = 0; m0 < m; m0 += MIO_MR)
-      register_block<T, MIO_NV, kTransA, kAccumulate>(k, a + m0 * a_step, lda, b, ldb, c + m0 * ldc + n0, ldc);
+      register_block<T, E, MIO_NV, kTransA, kAccumulate>(k, a + m0 * a_step, lda, b, ldb, c + m0 * ldc + n0, ldc);
   for (; n0 < n; n0 += kWidth<T>, b += kWidth<T>)
     for (int64_t m0 = 0; m0 < m; m0 += MIO_MR)
-      register_block<T, 1, kTransA, kAccumulate>(k, a + m0 * a_step, lda, b, ldb, c + m0 * ldc + n0, ldc);
+      register_block<T, E, 1, kTransA, kAccumulate>(k, a + m0 * a_step, lda, b, ldb, c + m0 * ldc + n0, ldc);
 }
 
 // ---------------------------------------------------------------- the exponential
