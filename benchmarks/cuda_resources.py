@@ -33,7 +33,7 @@ def run(*command: object, cwd: str | None = None) -> str:
 
 
 def kernel_name(mangled: str) -> str:
-    sweep = re.search(r"sweep_kernelINS_\d+(Bf16|Fp16|Tf32x3|Tf32)ELi(\d+)ELb([01])", mangled)
+    sweep = re.search(r"sweep_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32)ELi(\d+)ELb([01])", mangled)
     if sweep:
         return f"sweep {sweep[1]} D<={sweep[2]}" + (" ids" if sweep[3] == "1" else "")
     return "prepare" if "prepare" in mangled else mangled

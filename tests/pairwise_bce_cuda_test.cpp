@@ -57,7 +57,7 @@ struct Type {
 constexpr Type kTypes[] = {{Arithmetic::kBf16, "bf16", 2, 1e-6, 3e-3},
                            {Arithmetic::kFp16, "fp16", 2, 1e-6, 4e-4},
                            {Arithmetic::kTf32, "tf32", 4, 1e-4, 1e-3},
-                           {Arithmetic::kTf32x3, "3xtf32", 4, 1e-6, 3e-6}};
+                           {Arithmetic::kFp16x3, "3xfp16", 4, 1e-6, 3e-6}};
 
 uint16_t narrow(Arithmetic to, float v) {
   uint16_t bits;

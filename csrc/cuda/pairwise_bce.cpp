@@ -22,7 +22,7 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Arithmetic arithmetic_of(at::ScalarType type) {
   if (type == at::kBFloat16) return Arithmetic::kBf16;
   if (type == at::kHalf) return Arithmetic::kFp16;
-  return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST ? Arithmetic::kTf32x3
+  return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST ? Arithmetic::kFp16x3
                                                                                              : Arithmetic::kTf32;
 }
 

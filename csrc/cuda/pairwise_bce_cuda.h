@@ -19,8 +19,8 @@ using Stream = cudaStream_t;
 using Stream = void*;  // the emulator has one
 #endif
 
-// How the tensor cores take the features: as they are, or float32 as one TF32 number or the sum of two.
-enum class Arithmetic { kBf16, kFp16, kTf32, kTf32x3 };
+// How the tensor cores take the features: as they are, or float32 as a TF32 number or the sum of two float16.
+enum class Arithmetic { kBf16, kFp16, kTf32, kFp16x3 };
 
 // Features as they come: row i, column f at data + i row_stride + f col_stride.
 struct Features {

@@ -91,9 +91,9 @@ struct Finish {
   }
 
   MIO_DEVICE void load(float (&z)[kEach], const Prepared& from, int row) const {
-    const Element* at = static_cast<const Element*>(from.z) + int64_t(row) * T::kWidth + lane;
+    const Element* at = static_cast<const Element*>(from.z) + int64_t(row) * T::kWidth * A::kParts;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) z[i] = to_float(at[i * kLanes]);
+    for (int i = 0; i < kEach; ++i) z[i] = get_feature<A>(at, lane + i * kLanes, T::kWidth);
   }
 
   MIO_DEVICE void add_parts(float (&g)[kEach], int row) const {

@@ -7,7 +7,7 @@ namespace mio_ext {
 extern template struct Launch<Bf16>;
 extern template struct Launch<Fp16>;
 extern template struct Launch<Tf32>;
-extern template struct Launch<Tf32x3>;
+extern template struct Launch<Fp16x3>;
 
 namespace {
 
@@ -80,7 +80,6 @@ void run(const PairwiseBCECuda& in, Stream stream) {
   prepare.out[0] = work.x, prepare.out[1] = work.y;
   prepare.d = in.d, prepare.width = width;
   prepare.normalize = in.normalize;
-  prepare.tf32 = in.arithmetic == Arithmetic::kTf32;
   prepare.tickets = work.tickets, prepare.n_tickets = work.n_tickets;
   Launch<A>::prepare(prepare, in.y.data ? 2 : 1, stream);
 
@@ -121,8 +120,8 @@ void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream) {
       return run<Fp16>(problem, stream);
     case Arithmetic::kTf32:
       return run<Tf32>(problem, stream);
-    case Arithmetic::kTf32x3:
-      return run<Tf32x3>(problem, stream);
+    case Arithmetic::kFp16x3:
+      return run<Fp16x3>(problem, stream);
   }
 }
 

@@ -42,7 +42,7 @@ void launch_width(const Sweep& in, int multiprocessors, float* scratch, Stream s
 template <class A>
 void Launch<A>::prepare(const Prepare& in, int sides, Stream stream) {
   const int rows = sides == 1 || in.out[0].n_pad > in.out[1].n_pad ? in.out[0].n_pad : in.out[1].n_pad;
-  launch(prepare_kernel<typename A::Element>, dim3(rows / kPrepareWarps, sides), 32 * kPrepareWarps, 0, stream, in);
+  launch(prepare_kernel<A>, dim3(rows / kPrepareWarps, sides), 32 * kPrepareWarps, 0, stream, in);
 }
 
 template <class A>

@@ -135,7 +135,7 @@ struct LabelledTerms {
     float product = 0, sigmoid = 0, sigmoid_product = 0;
     int count = 0;
   };
-  float inverse[F][2], half_norm[F][2];
+  float inverse[F][2];
   int64_t id[F][2];
   Class positive, negative;
   float distance = 0;
@@ -154,7 +154,6 @@ struct LabelledTerms {
       for (int h = 0; h < 2; ++h) {
         const int row = row0 + 16 * f + 8 * h;
         inverse[f][h] = rows.inverse[row] / A::kLift;
-        half_norm[f][h] = rows.half_norm[row];
         id[f][h] = row < rows.n ? rows.ids[row] : 0;
       }
   }
@@ -176,7 +175,7 @@ struct LabelledTerms {
       for (int j = 0; j < 2; ++j) {
         const int col = col0 + 8 * n + column + j;
         const int64_t col_id = col < cols.n ? cols.ids[col] : 0;
-        const float col_half_norm = cols.half_norm[col], c = (j ? factor.y : factor.x) * A::kLift;
+        const float c = (j ? factor.y : factor.x) * A::kLift;
 #pragma unroll
         for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -192,7 +191,7 @@ struct LabelledTerms {
             if (same) {
               relu_p += term.relu, p_p = times_1p(p_p, term.e);
               add(positive, term, product);
-              distance += half_norm[f][h] + col_half_norm - product;
+              distance += rows.half_norm[row] + cols.half_norm[col] - product;
             } else if (keep) {
               relu_n += term.relu, p_n = times_1p(p_n, term.e);
               add(negative, term, product);

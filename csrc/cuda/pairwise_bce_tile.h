@@ -12,24 +12,33 @@ namespace mio_ext {
 
 MIO_HOST_DEVICE constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
-// What multiplies: the type of the features as the tensor cores see it. kLift raises the coefficients of the
-// second product, at most 1 in magnitude, from float16's floor.
+// What multiplies: the features as they come, and what the tensor cores take for one, kParts Elements. kLift
+// raises the coefficients of the second product, at most 1 in magnitude, from float16's floor.
 struct Bf16 {
+  using Feature = Bfloat16;
   using Element = Bfloat16;
+  static constexpr int kParts = 1;
   static constexpr float kLift = 1;
 };
 struct Fp16 {
+  using Feature = Float16;
   using Element = Float16;
+  static constexpr int kParts = 1;
   static constexpr float kLift = 32768;
 };
 struct Tf32 {
-  using Element = float;
+  using Feature = float;
+  using Element = float;  // rounded; the tensor cores would cut off
+  static constexpr int kParts = 1;
   static constexpr float kLift = 1;
-  static constexpr bool kRound = true;  // operands to TF32; the tensor cores would cut them off
 };
-// float32 as the sum of two TF32 numbers: three products.
-struct Tf32x3 : Tf32 {
-  static constexpr bool kRound = false;
+// float32 as the sum of two float16 numbers, the larger first: three products. Rows and coefficients are scaled
+// by powers of two, which brings them into float16's range.
+struct Fp16x3 {
+  using Feature = float;
+  using Element = Float16;
+  static constexpr int kParts = 2;
+  static constexpr float kLift = 1;
 };
 
 // A block of four warps owns kBlockM rows, kRowFragments x 16 to a warp, and goes over tiles of kBlockN columns.
@@ -39,7 +48,10 @@ struct Tf32x3 : Tf32 {
 template <class Arithmetic, int kWidth_>
 struct Tile {
   static constexpr int kWidth = kWidth_;  // features, padded
-  static constexpr int kBytes = sizeof(typename Arithmetic::Element);
+  static constexpr int kParts = Arithmetic::kParts;
+  static constexpr int kPartBytes = kWidth * int(sizeof(typename Arithmetic::Element));
+  static constexpr int kRowBytes = kParts * kPartBytes;  // the larger parts of all features, then the smaller
+  static constexpr int kBytes = kRowBytes / kWidth;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRowFragments = kBytes == 2 && kWidth <= 128 ? 2 : 1;
@@ -48,8 +60,7 @@ struct Tile {
   static constexpr int kStages = kBytes == 2 ? 3 : 2;
   static constexpr int kBlocksPerMultiprocessor = 2;
 
-  static constexpr int kRowBytes = kWidth * kBytes;
-  static constexpr int kSteps = kRowBytes / 32;  // of a matrix instruction along the features
+  static constexpr int kSteps = kPartBytes / 32;  // of a matrix instruction along the features
   static constexpr int kFactorsAt = kBlockN * kRowBytes;
   static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 127) / 128 * 128;  // swizzled() needs the 128
   static constexpr int kColumnsAt = kBlockM * kRowBytes;                            // the rows come first
