@@ -31,8 +31,14 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 
 namespace emulator {
@@ -371,6 +377,9 @@ inline float disturbed(double v, float of, double size) {
 inline float exp2_approx(float v) { return disturbed(std::exp2(double(v)), v, 0x1p-22); }
 inline float reciprocal(float v) { return disturbed(1 / double(v), v, 0x1p-24); }
 
+inline void sync_warp() {
+  emulator::collective(nullptr, [](void**) {});
+}
 template <typename T>
 T shuffle_xor(T v, int mask) {
   static_assert(sizeof(T) <= 8);

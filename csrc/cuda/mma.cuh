@@ -114,6 +114,7 @@ MIO_DEVICE float to_float(Float16 v) {
 MIO_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 MIO_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
+MIO_DEVICE void sync_warp() { __syncwarp(); }
 template <typename T>
 MIO_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);

@@ -19,8 +19,9 @@ using Stream = cudaStream_t;
 using Stream = void*;  // the emulator has one
 #endif
 
-// How the tensor cores take the features: as they are, or float32 as a TF32 number or the sum of two float16.
-enum class Arithmetic { kBf16, kFp16, kTf32, kFp16x3 };
+// How the fused kernels' tensor cores take the features: as they are, or float32 as a TF32 number or the sum of two
+// float16. kFp32: the chunked path only, where a library multiplies.
+enum class Arithmetic { kBf16, kFp16, kTf32, kFp16x3, kFp32 };
 
 // Features as they come: row i, column f at data + i row_stride + f col_stride.
 struct Features {
@@ -49,14 +50,32 @@ struct PairwiseBCECuda {
   void* workspace;  // workspace_bytes(), aligned to 256
 };
 
-// Up to this many features all is done in one kernel for each gradient.
-constexpr int kMaxFusedFeatures = 256;
+// Up to this many features all is done in one kernel for each gradient; halves of 256 would not fit in registers.
+constexpr int max_fused_features(Arithmetic a) { return a == Arithmetic::kFp16x3 ? 128 : 256; }
 // Row and column numbers, and their sums, are 32-bit.
 constexpr int64_t kMaxRows = 1 << 29;
+
+inline bool is_fused(const PairwiseBCECuda& problem) {
+  return problem.arithmetic != Arithmetic::kFp32 && problem.d <= max_fused_features(problem.arithmetic);
+}
 
 size_t workspace_bytes(const PairwiseBCECuda& problem);
 
 // Two launches, three if dy is wanted. Same inputs, same bits. Nothing waits for the device.
 void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream);
+
+// The chunked path, for all else. A call is prepare; for every chunk of rows, products of the copies x and y by a
+// library, terms, and the gradients of the copies, made of the coefficients by a library; finish.
+struct ChunkedCopies {
+  size_t x, y;  // where they begin in the workspace: [m_pad, width] and [k_pad, width] of the features' type
+  int m_pad, k_pad, width;
+};
+constexpr int kChunkMultiple = 128;  // of rows
+ChunkedCopies chunked_copies(const PairwiseBCECuda& problem);
+void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream);
+// products [n, k_pad] of rows row0 to row0 + n - 1 become coefficients in the features' type: row i begins where it
+// did. dx [M, D] is then coefficients times y, and dy [K, D] their transpose times x, summed over chunks.
+void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream);
+void launch_chunked_finish(const PairwiseBCECuda& problem, Stream stream);
 
 }  // namespace mio_ext

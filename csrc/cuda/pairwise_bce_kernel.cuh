@@ -39,14 +39,13 @@ struct Sweep {
 // Brings `rows` rows of `row_bytes` bytes of z, from row0 on, to shared memory.
 template <class T, int kRows>
 MIO_DEVICE void copy_rows(uint32_t to, const void* z, int row0) {
-  constexpr int kChunks = T::kRowBytes / 16;
-  static_assert(kRows * kChunks % T::kThreads == 0, "every thread takes as many chunks");
-  const unsigned char* from = static_cast<const unsigned char*>(z) + int64_t(row0) * T::kRowBytes;
+  constexpr int kChunks = T::kRowBytes / 16, kAtATime = T::kThreads / kChunks;  // rows, a power of two
+  static_assert(kRows % kAtATime == 0, "every thread takes as many chunks");
+  const unsigned char* from = static_cast<const unsigned char*>(z) + int64_t(row0) * T::kRowBytes + threadIdx.x * 16;
+  const uint32_t place = to + swizzled(threadIdx.x / kChunks, threadIdx.x % kChunks, T::kRowBytes);
 #pragma unroll
-  for (int i = 0; i < kRows * kChunks / T::kThreads; ++i) {
-    const int chunk = i * T::kThreads + threadIdx.x;
-    cp_async(to + swizzled(chunk / kChunks, chunk % kChunks, T::kRowBytes), from + chunk * 16);
-  }
+  for (int row = 0; row < kRows; row += kAtATime)  // as swizzled() has it: a thread's rows agree in the bits below
+    cp_async((place ^ (row & 7) << 4) + row * T::kRowBytes, from + row * T::kRowBytes);
 }
 
 template <class T>
@@ -119,16 +118,7 @@ struct Finish {
     if (row < 0) return;
     out.negative.count += in.cols.n - there - (in.pairs.own(row) >= 0);
     if (!there) return;
-    const float inverse = in.cols.inverse[column];
-    product *= inverse * in.rows.inverse[row];
-    const Term term(-(product * scales.p + scales.bias));
-    out.positive.count += 1;
-    out.positive.softplus += kLn2 * (term.relu + log2_1p(term.e));
-    out.positive.product += product;
-    out.positive.sigmoid += term.sigmoid;
-    out.positive.sigmoid_prod += term.sigmoid * product;
-    out.distance += in.rows.half_norm[row] + in.cols.half_norm[column] - product;
-    const float weight = -(scales.weight_p * term.sigmoid + scales.weight_l) * inverse;  // (7)
+    const float weight = add_positive(out, product, in.rows, row, in.cols, column, scales);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) g[i] += weight * partner[i];
   }

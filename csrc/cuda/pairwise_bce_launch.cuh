@@ -2,6 +2,7 @@
 // Kernel launches of one arithmetic. A .cu file instantiates them, so that the four compile apart.
 #pragma once
 
+#include "pairwise_bce_chunked.cuh"
 #include "pairwise_bce_cuda.h"
 #include "pairwise_bce_kernel.cuh"
 
@@ -20,6 +21,14 @@ struct Launch {
   static void prepare(const Prepare& in, int sides, Stream stream);
   // Finds the plan, launches. in.rows.n, in.cols.n and in.d decide; partial parts go to `scratch`, if there are any.
   static void sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream);
+};
+
+// Of the chunked path; instantiated in pairwise_bce_chunked.cu.
+template <class A>
+struct LaunchChunked {
+  static void prepare(const Prepare& in, int sides, Stream stream);
+  static void terms(const Terms& in, Stream stream);
+  static void finish(const FinishRows& in, Stream stream);
 };
 
 template <class A, int kWidth, bool kIds>
@@ -49,7 +58,8 @@ template <class A>
 void Launch<A>::sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream) {
   if (width == 64) launch_width<A, 64>(in, multiprocessors, scratch, stream);
   if (width == 128) launch_width<A, 128>(in, multiprocessors, scratch, stream);
-  if (width == 256) launch_width<A, 256>(in, multiprocessors, scratch, stream);
+  if constexpr (A::kParts == 1)
+    if (width == 256) launch_width<A, 256>(in, multiprocessors, scratch, stream);
 }
 
 }  // namespace mio_ext

@@ -40,8 +40,7 @@ MIO_DEVICE void logits(float (&s)[F][N][4], uint32_t rows, uint32_t columns) {
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
-      for (int p = 0; p < P; ++p)
-        ldmatrix(a[f][p], along(a_at, 2 * step) + p * T::kPartBytes + f * 16 * T::kRowBytes);
+      for (int p = 0; p < P; ++p) ldmatrix(a[f][p], along(a_at, 2 * step) + p * T::kPartBytes + f * 16 * T::kRowBytes);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       uint32_t b[P][4];

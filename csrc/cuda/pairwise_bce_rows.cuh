@@ -8,6 +8,9 @@
 // float32 in halves, whose range is float16's.
 #pragma once
 
+#include <type_traits>
+
+#include "pairwise_bce_cuda.h"
 #include "pairwise_bce_tile.h"
 
 namespace mio_ext {
@@ -56,6 +59,22 @@ struct Scales {
         weight_l(float(v.weight_l)) {}
 };
 
+// Adds a positive pair to the sums, from the product of its copies. What the column's copy weighs in the gradient
+// of the row's unit vector, eq. (7).
+MIO_DEVICE float add_positive(PairSums& out, float product, const Prepared& rows, int row, const Prepared& cols,
+                              int column, const Scales& scales) {
+  const float inverse = cols.inverse[column];
+  product *= inverse * rows.inverse[row];
+  const Term term(-(product * scales.p + scales.bias));
+  out.positive.count += 1;
+  out.positive.softplus += kLn2 * (term.relu + log2_1p(term.e));
+  out.positive.product += product;
+  out.positive.sigmoid += term.sigmoid;
+  out.positive.sigmoid_prod += term.sigmoid * product;
+  out.distance += rows.half_norm[row] + cols.half_norm[column] - product;
+  return -(scales.weight_p * term.sigmoid + scales.weight_l) * inverse;
+}
+
 // A scale that is not positive and finite means nothing: NaN, and the loss with it.
 MIO_DEVICE LossParams read_params(const LossParams& constants, const float* params) {
   LossParams v = constants;
@@ -98,7 +117,7 @@ MIO_DEVICE void put_feature(typename A::Element* row, int f, int width, typename
   if constexpr (A::kParts == 2) {
     row[f] = Float16{uint16_t(pack(Float16{}, v, 0.0f))};
     row[width + f] = Float16{uint16_t(pack(Float16{}, v - to_float(row[f]), 0.0f))};
-  } else if constexpr (sizeof(typename A::Element) == 4) {
+  } else if constexpr (std::is_same_v<A, Tf32>) {
     row[f] = round_to_tf32(v);
   } else {
     row[f] = v;

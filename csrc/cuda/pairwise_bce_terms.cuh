@@ -127,27 +127,53 @@ struct NegativeTerms {
   }
 };
 
-// With ids any pair may be positive. Coefficients are d loss / d (x.y) over `unit`, the largest of them.
+// Sums of one thread over pairs of one class.
+struct ThreadSums {
+  SoftplusSum softplus;
+  float product = 0, sigmoid = 0, sigmoid_product = 0;
+  int count = 0;
+
+  // All but the softplus, which goes by groups.
+  MIO_DEVICE void add(const Term& term, float of) {
+    count += 1;
+    product += of;
+    sigmoid += term.sigmoid;
+    sigmoid_product += term.sigmoid * of;
+  }
+  MIO_DEVICE void to(ClassSums& out) const {
+    out.count = count;
+    out.softplus = softplus.total();
+    out.product = product;
+    out.sigmoid = sigmoid;
+    out.sigmoid_prod = sigmoid_product;
+  }
+};
+
+// Coefficients with ids: d loss / d (x.y) over `unit`, the largest of them.
+struct LabelledWeights {
+  float unit, p, n, l;
+  MIO_DEVICE explicit LabelledWeights(const Scales& s) : unit(unit_of(s)) {
+    const float over = unit > 0 ? 1 / unit : unit == 0 ? 0 : unit;
+    p = -s.weight_p * over, n = s.weight_n * over, l = -s.weight_l * over;
+  }
+  MIO_DEVICE static float unit_of(const Scales& s) {
+    return fmaxf(fabsf(s.weight_p) + fabsf(s.weight_l), fabsf(s.weight_n));
+  }
+};
+
+// With ids any pair may be positive.
 template <class A, int F>
 struct LabelledTerms {
-  struct Class {
-    SoftplusSum softplus;
-    float product = 0, sigmoid = 0, sigmoid_product = 0;
-    int count = 0;
-  };
   float inverse[F][2];
   int64_t id[F][2];
-  Class positive, negative;
+  ThreadSums positive, negative;
   float distance = 0;
   Scales scales;
-  float grad_p, grad_n, grad_l;
+  LabelledWeights weights;
   const Prepared &rows, &cols;
 
   MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales)
-      : scales(scales), rows(rows), cols(cols) {
-    const float unit = unit_of(scales);
-    const float over = unit > 0 ? 1 / unit : unit == 0 ? 0 : unit;
-    grad_p = -scales.weight_p * over, grad_n = scales.weight_n * over, grad_l = -scales.weight_l * over;
+      : scales(scales), weights(scales), rows(rows), cols(cols) {
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -158,10 +184,7 @@ struct LabelledTerms {
       }
   }
 
-  MIO_DEVICE static float unit_of(const Scales& s) {
-    return fmaxf(fabsf(s.weight_p) + fabsf(s.weight_l), fabsf(s.weight_n));
-  }
-  MIO_DEVICE static float acc_weight(const Scales& scales) { return unit_of(scales) / A::kLift; }
+  MIO_DEVICE static float acc_weight(const Scales& scales) { return LabelledWeights::unit_of(scales) / A::kLift; }
 
   // As in NegativeTerms, for every tile.
   template <int N>
@@ -187,14 +210,14 @@ struct LabelledTerms {
             const float product = at * c * inverse[f][h];
             const Term term(keep ? (same ? -(product * scales.p + scales.bias) : product * scales.n + scales.bias)
                                  : -float_of(0x7f800000u));
-            at = keep ? (same ? term.sigmoid * grad_p + grad_l : term.sigmoid * grad_n) * c : 0.0f;
+            at = keep ? (same ? term.sigmoid * weights.p + weights.l : term.sigmoid * weights.n) * c : 0.0f;
             if (same) {
               relu_p += term.relu, p_p = times_1p(p_p, term.e);
-              add(positive, term, product);
+              positive.add(term, product);
               distance += rows.half_norm[row] + cols.half_norm[col] - product;
             } else if (keep) {
               relu_n += term.relu, p_n = times_1p(p_n, term.e);
-              add(negative, term, product);
+              negative.add(term, product);
             }
           }
       }
@@ -205,25 +228,10 @@ struct LabelledTerms {
 
   MIO_DEVICE void total(double (&sums)[kSums]) const {
     PairSums out;
-    to_sums(positive, out.positive);
-    to_sums(negative, out.negative);
+    positive.to(out.positive);
+    negative.to(out.negative);
     out.distance = distance;
     to_array(out, sums);
-  }
-
- private:
-  static MIO_DEVICE void add(Class& c, const Term& term, float product) {
-    c.count += 1;
-    c.product += product;
-    c.sigmoid += term.sigmoid;
-    c.sigmoid_product += term.sigmoid * product;
-  }
-  static MIO_DEVICE void to_sums(const Class& c, ClassSums& out) {
-    out.count = c.count;
-    out.softplus = c.softplus.total();
-    out.product = c.product;
-    out.sigmoid = c.sigmoid;
-    out.sigmoid_prod = c.sigmoid_product;
   }
 };
 

@@ -32,6 +32,8 @@ struct Tf32 {
   static constexpr int kParts = 1;
   static constexpr float kLift = 1;
 };
+// For a library, which does as it is told.
+struct Fp32 : Tf32 {};
 // float32 as the sum of two float16 numbers, the larger first: three products. Rows and coefficients are scaled
 // by powers of two, which brings them into float16's range.
 struct Fp16x3 {
