@@ -218,14 +218,14 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, vo
   emulator::Machine& m = emulator::machine;
   m.grid = grid;
   m.body = [&] { kernel(params); };
-  std::vector<unsigned> order(grid.x * grid.y);
+  std::vector<unsigned> order(grid.x * grid.y * grid.z);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), m.random);
   for (unsigned i : order) {
     emulator::Guarded shared(size_t(shared_bytes), 128);
     m.shared = static_cast<unsigned char*>(shared.data());
     m.shared_bytes = size_t(shared_bytes);
-    m.block_index = {i % grid.x, i / grid.x, 0};
+    m.block_index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     emulator::run_block(unsigned(threads));
   }
 }

@@ -50,13 +50,13 @@ struct PairwiseBCECuda {
   void* workspace;  // workspace_bytes(), aligned to 256
 };
 
-// Up to this many features all is done in one kernel for each gradient; halves of 256 would not fit in registers.
-constexpr int max_fused_features(Arithmetic a) { return a == Arithmetic::kFp16x3 ? 128 : 256; }
+// Up to this many features all is done in one kernel for each gradient.
+constexpr int kMaxFusedFeatures = 256;
 // Row and column numbers, and their sums, are 32-bit.
 constexpr int64_t kMaxRows = 1 << 29;
 
 inline bool is_fused(const PairwiseBCECuda& problem) {
-  return problem.arithmetic != Arithmetic::kFp32 && problem.d <= max_fused_features(problem.arithmetic);
+  return problem.arithmetic != Arithmetic::kFp32 && problem.d <= kMaxFusedFeatures;
 }
 
 size_t workspace_bytes(const PairwiseBCECuda& problem);

@@ -23,9 +23,11 @@ constexpr int64_t kChunkBytes = int64_t(512) << 20;
 inline Arithmetic arithmetic_of(at::ScalarType type, int64_t d) {
   if (type == at::kBFloat16) return Arithmetic::kBf16;
   if (type == at::kHalf) return Arithmetic::kFp16;
-  const bool exact = at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
-  const Arithmetic fused = exact ? Arithmetic::kFp16x3 : Arithmetic::kTf32;
-  return d <= max_fused_features(fused) ? fused : Arithmetic::kFp32;
+  if (d > kMaxFusedFeatures) return Arithmetic::kFp32;
+  // The setting's own getter fails once someone has used torch.backends.cuda.matmul.fp32_precision.
+  const bool tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                    at::Float32Precision::TF32;
+  return tf32 ? Arithmetic::kTf32 : Arithmetic::kFp16x3;
 }
 
 inline void check_supported(const at::Tensor& x, const std::optional<at::Tensor>& y) {

@@ -144,8 +144,8 @@ struct Finish {
 
 // This block's share of the gradient, as the accumulator's fragments lie.
 template <class T, int F>
-MIO_DEVICE void store_part(const Sweep& in, const float (&acc)[F][T::kWidth / 8][4], int row0, int split) {
-  const int column = threadIdx.x % 4 * 2;
+MIO_DEVICE void store_part(const Sweep& in, const float (&acc)[F][T::kSlice / 8][4], int row0, int split) {
+  const int column = blockIdx.z * T::kSlice + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -154,7 +154,7 @@ MIO_DEVICE void store_part(const Sweep& in, const float (&acc)[F][T::kWidth / 8]
       if (row >= in.rows.n) continue;
       float* at = in.partial + (int64_t(split) * in.rows.n + row) * in.d;
 #pragma unroll
-      for (int n = 0; n < T::kWidth / 8; ++n) {
+      for (int n = 0; n < T::kSlice / 8; ++n) {
         const int feature = 8 * n + column + i % 2;
         if (feature < in.d) at[feature] = acc[f][n][i];
       }
@@ -181,16 +181,17 @@ MIO_DEVICE void finish(const Sweep& in, double (&sums)[kSums], const Scales& sca
     PairSums* to = in.records + int64_t(part) * row_blocks + blockIdx.x;
     if (threadIdx.x < kSums) fields(to)[threadIdx.x] = fields(&shared.total)[threadIdx.x];
   };
-  record(blockIdx.y);
-  if (last_to_arrive(&in.tickets[1 + blockIdx.x], in.splits, &shared.flag)) {
+  if (blockIdx.z == 0) record(blockIdx.y);  // all slices have the same
+  const int blocks = in.splits * gridDim.z;
+  if (last_to_arrive(&in.tickets[1 + blockIdx.x], blocks, &shared.flag)) {
     Finish<A, T, kIds>{in, scales, acc_weight}.rows(blockIdx.x * T::kBlockM, sums);
     record(in.splits);
   }
-  if (in.loss && last_to_arrive(in.tickets, row_blocks * in.splits, &shared.flag))
+  if (in.loss && last_to_arrive(in.tickets, row_blocks * blocks, &shared.flag))
     sum_records<T::kWarps>(in.records, row_blocks * (in.splits + 1), in.results, shared.scratch, &shared.total);
 }
 
-// Grid: [row blocks, splits].
+// Grid: [row blocks, splits, slices of the features].
 template <class A, int kWidth, bool kIds>
 __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kBlocksPerMultiprocessor)
     sweep_kernel(const Sweep in) {
@@ -213,7 +214,8 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
   }
 
   Terms terms(in.rows, in.cols, row0, scales);
-  float acc[F][kWidth / 8][4] = {};
+  float acc[F][T::kSlice / 8][4] = {};
+  const uint32_t slice_at = blockIdx.z * (T::kSlice * T::kPartBytes / T::kWidth);  // a multiple of 128 bytes
   uint32_t stage = first_stage;
   for (int tile = first; tile < end; ++tile) {
     cp_async_wait<T::kStages - 2>();
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
     logits<A, T>(s, smem + warp_row * T::kRowBytes, stage);
     const bool crossed = col0 + T::kBlockN > in.cols.n || in.pairs.cross(block_row0, T::kBlockM, col0, T::kBlockN);
     terms.tile(s, stage + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
-    if (in.grad) gradient<A, T>(acc, s, stage);
+    if (in.grad) gradient<A, T>(acc, s, T::kSlices == 1 ? stage : stage + slice_at);
     stage = stage == last_stage ? first_stage : stage + T::kStageBytes;
   }
   if (in.grad) store_part<T>(in, acc, row0, blockIdx.y);

@@ -34,12 +34,14 @@ struct LaunchChunked {
 template <class A, int kWidth, bool kIds>
 void launch_sweep(Sweep in, int multiprocessors, float* scratch, Stream stream) {
   using T = Tile<A, kWidth>;
-  const Plan plan =
-      plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, multiprocessors * T::kBlocksPerMultiprocessor);
+  const int slices = in.grad ? T::kSlices : 1;
+  const Plan plan = plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN,
+                               multiprocessors * T::kBlocksPerMultiprocessor / slices);
   in.splits = plan.splits;
   in.tiles_per_split = plan.tiles_per_split;
   in.partial = plan.splits > 1 ? scratch : in.grad;
-  launch(sweep_kernel<A, kWidth, kIds>, dim3(plan.row_blocks, plan.splits), T::kThreads, T::kSharedBytes, stream, in);
+  launch(sweep_kernel<A, kWidth, kIds>, dim3(plan.row_blocks, plan.splits, slices), T::kThreads, T::kSharedBytes,
+         stream, in);
 }
 
 template <class A, int kWidth>
@@ -58,8 +60,7 @@ template <class A>
 void Launch<A>::sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream) {
   if (width == 64) launch_width<A, 64>(in, multiprocessors, scratch, stream);
   if (width == 128) launch_width<A, 128>(in, multiprocessors, scratch, stream);
-  if constexpr (A::kParts == 1)
-    if (width == 256) launch_width<A, 256>(in, multiprocessors, scratch, stream);
+  if (width == 256) launch_width<A, 256>(in, multiprocessors, scratch, stream);
 }
 
 }  // namespace mio_ext

@@ -140,10 +140,10 @@ struct RowPower {
   }
 };
 
-// acc += g y (9)
+// acc += g y (9); `columns` begin at the slice's first feature.
 template <class A, class T, int F, int N>
-MIO_DEVICE void gradient(float (&acc)[F][T::kWidth / 8][4], const float (&g)[F][N][4], uint32_t columns) {
-  constexpr int kSteps = 8 * N / (32 / int(sizeof(typename A::Element))), kPairs = T::kWidth / 16;
+MIO_DEVICE void gradient(float (&acc)[F][T::kSlice / 8][4], const float (&g)[F][N][4], uint32_t columns) {
+  constexpr int kSteps = 8 * N / (32 / int(sizeof(typename A::Element))), kPairs = T::kSlice / 16;
   if constexpr (A::kParts == 1) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {

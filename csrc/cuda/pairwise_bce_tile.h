@@ -50,6 +50,10 @@ struct Fp16x3 {
 template <class Arithmetic, int kWidth_>
 struct Tile {
   static constexpr int kWidth = kWidth_;  // features, padded
+  // A block makes the gradient of this many features. Halves of 256 would not fit in registers: there the sweep is
+  // done twice.
+  static constexpr int kSlice = Arithmetic::kParts == 2 && kWidth == 256 ? 128 : kWidth;
+  static constexpr int kSlices = kWidth / kSlice;
   static constexpr int kParts = Arithmetic::kParts;
   static constexpr int kPartBytes = kWidth * int(sizeof(typename Arithmetic::Element));
   static constexpr int kRowBytes = kParts * kPartBytes;  // the larger parts of all features, then the smaller
