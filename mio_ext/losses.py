@@ -85,7 +85,7 @@ def mio_loss(
             2 * regularizer / (positives * dim),
         )
     loss, stats = ops.pairwise_bce(
-        torch.cat([z1, z2]),
+        (z1, z2),
         scale=(1 / temperature, 1 / negative_temperature),
         bias=bias,
         weights=weights,

@@ -130,6 +130,12 @@ Outputs run(const Type& type, const Case& c, const LossParams& params, const Inp
   if (c.k) p.y = y.features;
   p.x_ids = c.ids ? x_id.as<int64_t>() : nullptr;
   p.y_ids = c.ids && c.k ? y_id.as<int64_t>() : nullptr;
+  p.x_rows = int(c.m);
+  if (in_tensor && c.m > 1) {  // the second run has its rows in two
+    p.x_rows = int(c.m / 2);
+    p.x2 = p.x;
+    p.x2.data = static_cast<const unsigned char*>(p.x.data) + p.x_rows * p.x.row_stride * type.bytes;
+  }
   p.m = int(c.m), p.k = int(k), p.d = int(c.d);
   p.shift = int(c.shift), p.offset = int(c.offset);
   p.exclude_self = c.exclude_self, p.normalize = c.normalize;
@@ -215,7 +221,7 @@ bool check_maps() {
   }
   for (int rows : {1, 256, 1000, 65536, 1 << 20})
     for (int cols : {1, 31, 4097, 65536}) {
-      const Plan p = plan_sweep(rows, cols, 128, 128, 32, 264);
+      const Plan p = plan_sweep(rows, cols, 128, 128, 32, 264, 528);
       const int tiles = ceil_div(cols, 32);
       good = good && p.row_blocks * 128 >= rows && (p.splits - 1) * p.tiles_per_split < tiles &&
              p.splits * p.tiles_per_split >= tiles && (p.splits == 1 || int64_t(p.splits) * rows * 512 <= kSplitBytes);

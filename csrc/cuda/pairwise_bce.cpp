@@ -20,9 +20,9 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
 Outputs pairwise_bce(const at::Tensor& x, const std::optional<at::Tensor>& y, const std::optional<at::Tensor>& x_ids,
                      const std::optional<at::Tensor>& y_ids, const std::optional<at::Tensor>& params,
                      at::ArrayRef<double> constants, int64_t shift, int64_t offset, bool exclude_self, bool normalize,
-                     std::array<bool, 3> needs_grad) {
-  check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad);
-  check_supported(x, y);
+                     std::array<bool, 3> needs_grad, const std::optional<at::Tensor>& x2) {
+  check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad, x2);
+  check_supported(x, y, x2);
   const c10::cuda::CUDAGuard guard(x.device());
   const int device = x.get_device(), capability = device_attribute(cudaDevAttrComputeCapabilityMajor, device);
   TORCH_CHECK(capability >= 8, "pairwise_bce: backend 'cuda' needs compute capability 8.0 or later, got ", capability,
@@ -30,7 +30,7 @@ Outputs pairwise_bce(const at::Tensor& x, const std::optional<at::Tensor>& y, co
   // The library's products are of these types and no others.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Outputs outputs =
-      run_pairwise_bce(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad,
+      run_pairwise_bce(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad, x2,
                        device_attribute(cudaDevAttrMultiProcessorCount, device), kChunkBytes,
                        c10::cuda::getCurrentCUDAStream(x.device().index()));
   C10_CUDA_KERNEL_LAUNCH_CHECK();

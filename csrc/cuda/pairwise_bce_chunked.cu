@@ -6,8 +6,8 @@
 namespace mio_ext {
 
 template <class A>
-void LaunchChunked<A>::prepare(const Prepare& in, int sides, Stream stream) {
-  Launch<A>::prepare(in, sides, stream);
+void LaunchChunked<A>::prepare(const Prepare& in, Stream stream) {
+  Launch<A>::prepare(in, stream);
 }
 
 template <class A>

@@ -32,7 +32,9 @@ struct Features {
 // One call of the op; csrc/ops.cpp says what its fields mean. All memory is the device's.
 struct PairwiseBCECuda {
   Arithmetic arithmetic;
-  Features x;            // [M, D]
+  Features x;            // [M, D], or the first of its rows
+  Features x2;           // the others
+  int x_rows;            // how many are in x; M: all
   Features y;            // [K, D]; data = nullptr: y = x, and dx holds both roles' gradient
   const int64_t* x_ids;  // [M] or nullptr
   const int64_t* y_ids;  // [K]
@@ -52,6 +54,8 @@ struct PairwiseBCECuda {
 
 // Up to this many features all is done in one kernel for each gradient.
 constexpr int kMaxFusedFeatures = 256;
+// Up to this many rows and columns a sweep also prepares them, in a cooperative launch.
+constexpr int kTogetherRows = 1024;
 // Row and column numbers, and their sums, are 32-bit.
 constexpr int64_t kMaxRows = 1 << 29;
 
@@ -61,7 +65,8 @@ inline bool is_fused(const PairwiseBCECuda& problem) {
 
 size_t workspace_bytes(const PairwiseBCECuda& problem);
 
-// Two launches, three if dy is wanted. Same inputs, same bits. Nothing waits for the device.
+// Two launches, or one for up to kTogetherRows rows and columns; another one if dy is wanted. Same inputs, same bits.
+// Nothing waits for the device.
 void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream);
 
 // The chunked path, for all else. A call is prepare; for every chunk of rows, products of the copies x and y by a

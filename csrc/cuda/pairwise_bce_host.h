@@ -30,14 +30,15 @@ inline Arithmetic arithmetic_of(at::ScalarType type, int64_t d) {
   return tf32 ? Arithmetic::kTf32 : Arithmetic::kFp16x3;
 }
 
-inline void check_supported(const at::Tensor& x, const std::optional<at::Tensor>& y) {
+inline void check_supported(const at::Tensor& x, const std::optional<at::Tensor>& y,
+                            const std::optional<at::Tensor>& x2) {
   TORCH_CHECK_TYPE(
       x.scalar_type() != at::kDouble,
       "pairwise_bce: backend 'cuda' takes float32, bfloat16 and float16, got float64; use backend='triton' "
       "or 'reference'");
-  TORCH_CHECK_VALUE(x.size(0) <= kMaxRows && (!y || y->size(0) <= kMaxRows),
-                    "pairwise_bce: backend 'cuda' takes up to ", kMaxRows, " rows, got ", x.size(0), y ? " and " : "",
-                    y ? std::to_string(y->size(0)) : "");
+  const int64_t m = x.size(0) + (x2 ? x2->size(0) : 0);
+  TORCH_CHECK_VALUE(m <= kMaxRows && (!y || y->size(0) <= kMaxRows), "pairwise_bce: backend 'cuda' takes up to ",
+                    kMaxRows, " rows, got ", m, y ? " and " : "", y ? std::to_string(y->size(0)) : "");
 }
 
 // out = a b, or out += a b, in out's type, which for 16-bit operands is float32.
@@ -80,7 +81,8 @@ inline Outputs run_pairwise_bce(const at::Tensor& x, const std::optional<at::Ten
                                 const std::optional<at::Tensor>& x_ids, const std::optional<at::Tensor>& y_ids,
                                 const std::optional<at::Tensor>& params, at::ArrayRef<double> constants, int64_t shift,
                                 int64_t offset, bool exclude_self, bool normalize, std::array<bool, 3> needs_grad,
-                                int multiprocessors, int64_t chunk_bytes, Stream stream) {
+                                const std::optional<at::Tensor>& x2, int multiprocessors, int64_t chunk_bytes,
+                                Stream stream) {
   using at::Tensor;
   const auto options = x.options().dtype(at::kFloat);
   const Tensor row_ids = x_ids ? x_ids->contiguous() : Tensor(), col_ids = y_ids ? y_ids->contiguous() : Tensor();
@@ -89,19 +91,22 @@ inline Outputs run_pairwise_bce(const at::Tensor& x, const std::optional<at::Ten
     return at::empty(needs ? sizes : at::IntArrayRef{0}, options);
   };
   const Tensor loss = at::empty({}, options), stats = at::empty({8}, options.dtype(at::kDouble));
-  const Tensor dx = wanted(needs_grad[0], x.sizes()), dy = wanted(needs_grad[1], y ? y->sizes() : x.sizes());
+  const int64_t m = x.size(0) + (x2 ? x2->size(0) : 0), d = x.size(1);
+  const Tensor dx = wanted(needs_grad[0], {m, d}), dy = wanted(needs_grad[1], {y ? y->size(0) : 0, d});
   const Tensor dparams = wanted(needs_grad[2], {6});
 
   auto features = [](const Tensor& t) { return Features{t.const_data_ptr(), t.stride(0), t.stride(1)}; };
   PairwiseBCECuda problem{};
-  problem.arithmetic = arithmetic_of(x.scalar_type(), x.size(1));
+  problem.arithmetic = arithmetic_of(x.scalar_type(), d);
   problem.x = features(x);
+  problem.x_rows = int(x.size(0));
+  if (x2) problem.x2 = features(*x2);
   if (y) problem.y = features(*y);
   problem.x_ids = x_ids ? row_ids.const_data_ptr<int64_t>() : nullptr;
   problem.y_ids = y_ids ? col_ids.const_data_ptr<int64_t>() : nullptr;
-  problem.m = int(x.size(0));
-  problem.k = int(y ? y->size(0) : x.size(0));
-  problem.d = int(x.size(1));
+  problem.m = int(m);
+  problem.k = int(y ? y->size(0) : m);
+  problem.d = int(d);
   problem.shift = int(shift);
   problem.offset = int(std::min<int64_t>(offset, problem.k));  // past the last column is past it
   problem.exclude_self = exclude_self;

@@ -20,6 +20,8 @@
 namespace mio_ext {
 
 struct Sweep {
+  Prepare prepare;
+  bool prepares;  // what is to be prepared is in `prepare`, and all blocks run at a time
   Prepared rows, cols;
   Pairs pairs;
   Results results;
@@ -53,6 +55,20 @@ MIO_DEVICE void copy_columns(uint32_t stage, const Prepared& cols, int col0) {
   copy_rows<T, T::kBlockN>(stage, cols.z, col0);
   if (threadIdx.x < T::kBlockN / 4)
     cp_async(stage + T::kFactorsAt + threadIdx.x * 16, cols.inverse + col0 + threadIdx.x * 4);
+}
+
+// ---------------------------------------------------------------- before the sweep
+
+// prepare_kernel's work, by the blocks of a cooperative launch.
+template <class A, int kWarps>
+MIO_DEVICE void prepare_together(const Prepare& in) {
+  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const int warps = kWarps * gridDim.x * gridDim.y * gridDim.z;
+  if (block == 0) clear_tickets(in);
+  for (int side = 0; side < in.sides; ++side)
+    for (int row = block * kWarps + threadIdx.x / 32; row < in.out[side].n_pad; row += warps)
+      prepare_row<A>(in, side, row);
+  sync_grid();
 }
 
 // ---------------------------------------------------------------- after the sweep
@@ -203,6 +219,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
   const uint32_t smem = shared_address(shared_memory());
   const uint32_t first_stage = smem + T::kColumnsAt, last_stage = first_stage + (T::kStages - 1) * T::kStageBytes;
   const Scales scales(read_params(in.results.constants, in.results.params));
+  if (in.prepares) prepare_together<A, T::kWarps>(in.prepare);
 
   const int tiles = ceil_div(in.cols.n, T::kBlockN), first = blockIdx.y * in.tiles_per_split;
   const int end = first + in.tiles_per_split < tiles ? first + in.tiles_per_split : tiles;

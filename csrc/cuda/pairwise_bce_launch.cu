@@ -86,6 +86,8 @@ struct Workspace {
 Prepare prepare_of(const PairwiseBCECuda& in, const Workspace& work) {
   Prepare prepare{};
   prepare.features[0] = in.x, prepare.features[1] = in.y;
+  prepare.more = in.x2, prepare.first = in.x_rows;
+  prepare.sides = in.y.data ? 2 : 1;
   prepare.out[0] = work.x, prepare.out[1] = work.y;
   prepare.d = in.d, prepare.width = padded_width(in);
   prepare.normalize = in.normalize;
@@ -101,9 +103,9 @@ template <class A>
 void run(const PairwiseBCECuda& in, Stream stream) {
   const Workspace work(in);
   const int width = padded_width(in);
-  Launch<A>::prepare(prepare_of(in, work), in.y.data ? 2 : 1, stream);
-
   Sweep sweep{};
+  sweep.prepare = prepare_of(in, work);
+  sweep.prepares = true;
   sweep.rows = work.x, sweep.cols = work.y;
   sweep.pairs = pairs_of(in);
   sweep.results = {in.constants, in.params, in.loss, in.stats, in.dparams};
@@ -116,6 +118,7 @@ void run(const PairwiseBCECuda& in, Stream stream) {
   sweep.tickets = work.tickets;
   Launch<A>::sweep(sweep, width, in.multiprocessors, work.parts, stream);
   if (!in.dy) return;
+  sweep.prepares = false;
   sweep.rows = work.y, sweep.cols = work.x;
   sweep.pairs.transposed = true;
   sweep.loss = false;
@@ -164,7 +167,7 @@ ChunkedCopies chunked_copies(const PairwiseBCECuda& problem) {
 void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream) {
   const Workspace work(problem);
   const Prepare prepare = prepare_of(problem, work);
-  with_chunked(problem.arithmetic, [&](auto launch) { launch.prepare(prepare, problem.y.data ? 2 : 1, stream); });
+  with_chunked(problem.arithmetic, [&](auto launch) { launch.prepare(prepare, stream); });
 }
 
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream) {

@@ -98,7 +98,10 @@ constexpr int kPrepareWarps = 4;
 
 struct Prepare {
   Features features[2];
+  Features more;  // rows of side 0 from `first` on
+  int first;
   Prepared out[2];
+  int sides;
   int d, width;
   bool normalize;
   unsigned* tickets;  // to be zeroed
@@ -130,18 +133,16 @@ MIO_DEVICE float get_feature(const typename A::Element* row, int f, int width) {
   return v;
 }
 
-// A warp copies a row and makes its factors. Grid: [row blocks, sides].
+// A warp copies a row and makes its factors.
 template <class A>
-__global__ void __launch_bounds__(32 * kPrepareWarps) prepare_kernel(const Prepare in) {
-  const int lane = threadIdx.x % 32, row = blockIdx.x * kPrepareWarps + threadIdx.x / 32;
-  if (blockIdx.x == 0 && blockIdx.y == 0)
-    for (int i = threadIdx.x; i < in.n_tickets; i += blockDim.x) in.tickets[i] = 0;
-  const Features& from = in.features[blockIdx.y];
-  const Prepared& out = in.out[blockIdx.y];
-  if (row >= out.n_pad) return;
+MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
+  const int lane = threadIdx.x % 32;
+  const bool more = side == 0 && row >= in.first;
+  const Features& from = more ? in.more : in.features[side];
+  const Prepared& out = in.out[side];
   using Feature = typename A::Feature;
   using Element = typename A::Element;
-  const Feature* z = static_cast<const Feature*>(from.data) + row * from.row_stride;
+  const Feature* z = static_cast<const Feature*>(from.data) + int64_t(more ? row - in.first : row) * from.row_stride;
   const int d = row < out.n ? in.d : 0;
   auto load = [&](int f) { return z[f * from.col_stride]; };
 
@@ -174,6 +175,18 @@ __global__ void __launch_bounds__(32 * kPrepareWarps) prepare_kernel(const Prepa
   out.inverse[row] = inverse;
   out.back[row] = in.normalize ? (norm <= least ? 0 : power / norm) : 1;
   out.half_norm[row] = 0.5f * (norm * inverse) * (norm * inverse);
+}
+
+MIO_DEVICE void clear_tickets(const Prepare& in) {
+  for (int i = threadIdx.x; i < in.n_tickets; i += blockDim.x) in.tickets[i] = 0;
+}
+
+// Grid: [row blocks, sides].
+template <class A>
+__global__ void __launch_bounds__(32 * kPrepareWarps) prepare_kernel(const Prepare in) {
+  if (blockIdx.x == 0 && blockIdx.y == 0) clear_tickets(in);
+  const int row = blockIdx.x * kPrepareWarps + threadIdx.x / 32;
+  if (row < in.out[blockIdx.y].n_pad) prepare_row<A>(in, blockIdx.y, row);
 }
 
 // ---------------------------------------------------------------- sums over a block, in one order

@@ -123,17 +123,18 @@ struct Plan {
 };
 constexpr int64_t kSplitBytes = 16 << 20;  // that partial gradients may take
 
-// slots: blocks that run at a time.
-inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int slots) {
+// slots: blocks that run at a time; most_blocks: there may be, unless one split has more.
+inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int slots, int most_blocks) {
   const int row_blocks = ceil_div(rows, block_m), tiles = ceil_div(cols, block_n);
   int64_t most = kSplitBytes / (int64_t(rows) * d * 4);
-  if (most > 2 * slots / row_blocks) most = 2 * slots / row_blocks;
+  if (most > most_blocks / row_blocks) most = most_blocks / row_blocks;
   if (most > tiles) most = tiles;
   int best = 1;
   double best_time = 0;
   for (int splits = 1; splits == 1 || splits <= most; ++splits) {
-    // A wave takes its share of the columns; a split costs its partial gradient, a few tiles' worth.
-    const double time = ceil_div(row_blocks * splits, slots) * (double(tiles) / splits + 4);
+    // In tiles' worth: a wave takes its share of the columns and writes its part of the gradient; the last block of
+    // a row block reads them all.
+    const double time = ceil_div(row_blocks * splits, slots) * (double(tiles) / splits + 4) + splits;
     if (splits == 1 || time < best_time) best = splits, best_time = time;
   }
   const int tiles_per_split = ceil_div(tiles, best);
