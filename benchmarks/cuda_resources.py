@@ -36,7 +36,8 @@ def kernel_name(mangled: str) -> str:
     sweep = re.search(r"sweep_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32)ELi(\d+)ELb([01])", mangled)
     if sweep:
         return f"sweep {sweep[1]} D<={sweep[2]}" + (" ids" if sweep[3] == "1" else "")
-    return "prepare" if "prepare" in mangled else mangled
+    row = re.search(r"(prepare|terms|finish)_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32|Fp32)E(?:Lb([01]))?", mangled)
+    return f"{row[1]} {row[2]}" + (" ids" if row[3] == "1" else "") if row else mangled
 
 
 def read(cubin: Path) -> list[tuple[str, int, int, int, int, float | None]]:
