@@ -109,6 +109,18 @@ def test_siglip_loss(m, k, dim, frozen, form, emulated):
         assert relative_error(actual[keep], expected[keep]) < 1e-5
 
 
+@pytest.mark.parametrize("dim", [40, 200, 300])
+def test_sigmas_far_below_the_range_of_float16(dim, emulated):
+    x, y = (torch.nn.functional.normalize(z).detach() for z in views(70, dim))
+    results = []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        a, b = (t.to(dtype).requires_grad_() for t in (x, y))
+        loss = siglip_loss(a, b, 10.0, -40.0, negative_only=True, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, (a, b))))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
 @pytest.mark.parametrize("dim", [64, 300])
 def test_nothing_but_the_loss(dim, emulated):
     z1, z2 = views(150, dim)

@@ -96,10 +96,11 @@ struct RowTerms {
       const int col = col0 + i;
       const float both = factor[i] * inverse, product = s[i] * both;
       bool keep = col < in.cols.n && col != own_col, same = false;
-      if constexpr (kIds)
+      if constexpr (kIds) {
         same = keep && in.cols.ids[col] == id;
-      else
+      } else {
         keep = keep && col != positive_col;
+      }
       const Term term(same ? -(product * scales.p + scales.bias) : product * scales.n + scales.bias);
       s[i] = 0;
       if (same) {
@@ -113,7 +114,9 @@ struct RowTerms {
         s[i] = term.sigmoid * (kIds ? weights.n : 1.0f) * both * A::kLift;
       }
     }
-    if constexpr (kIds) positive.softplus.add(relu_p, p_p);
+    if constexpr (kIds) {
+      positive.softplus.add(relu_p, p_p);
+    }
     negative.softplus.add(relu_n, p_n);
   }
 };

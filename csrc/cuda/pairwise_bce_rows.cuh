@@ -129,7 +129,9 @@ MIO_DEVICE void put_feature(typename A::Element* row, int f, int width, typename
 template <class A>
 MIO_DEVICE float get_feature(const typename A::Element* row, int f, int width) {
   float v = to_float(row[f]);
-  if constexpr (A::kParts == 2) v += to_float(row[width + f]);
+  if constexpr (A::kParts == 2) {
+    v += to_float(row[width + f]);
+  }
   return v;
 }
 

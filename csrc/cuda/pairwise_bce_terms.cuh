@@ -79,11 +79,12 @@ struct NegativeTerms {
     for (int f = 0; f < F; ++f) {
       float relu = 0, p = 0;
       int positive[2], own[2];
-      if constexpr (kCrossed)
+      if constexpr (kCrossed) {  // braces: without them nvcc 13.0 leaves out the loop that follows
         for (int h = 0; h < 2; ++h) {
           positive[h] = pairs.positive(row0 + 16 * f + 8 * h);
           own[h] = pairs.own(row0 + 16 * f + 8 * h);
         }
+      }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const float2 factor = load_shared_pair(factors + (8 * n + column) * 4);
@@ -105,9 +106,13 @@ struct NegativeTerms {
             sigmoid_product[f][h] += term.sigmoid * v;
           }
         }
-        if constexpr (kLoss) p = times_1p(p, times_1p(times_1p(e[0], e[1]), times_1p(e[2], e[3])));
+        if constexpr (kLoss) {
+          p = times_1p(p, times_1p(times_1p(e[0], e[1]), times_1p(e[2], e[3])));
+        }
       }
-      if constexpr (kLoss) softplus.add(relu, p);
+      if constexpr (kLoss) {
+        softplus.add(relu, p);
+      }
     }
   }
 
