@@ -175,11 +175,13 @@ class PairwiseBCE(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "pairwise_bce: a fused backend has no second derivative; pass backend='reference' for create_graph=True"
             )
+        if grad_loss is None:
+            return (None,) * 13
         # Rounded to 16 bits only after grad_output: a loss scale must be able to save small gradients. out=
         # makes that one kernel launch.
         dx, dy, dparams = (
