@@ -10,8 +10,8 @@ namespace {
 void check_inputs_op(const at::Tensor& x, const std::optional<at::Tensor>& y, const std::optional<at::Tensor>& x_ids,
                      const std::optional<at::Tensor>& y_ids, const std::optional<at::Tensor>& params,
                      at::ArrayRef<double> constants, int64_t shift, int64_t offset, bool /*exclude_self*/,
-                     bool normalize, std::array<bool, 3> needs_grad) {
-  check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad);
+                     bool normalize, std::array<bool, 3> needs_grad, const std::optional<at::Tensor>& x2) {
+  check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad, x2);
 }
 
 }  // namespace

@@ -22,11 +22,18 @@ inline void check_ids(const std::optional<at::Tensor>& ids, const char* name, in
 inline void check_inputs(const at::Tensor& x, const std::optional<at::Tensor>& y,
                          const std::optional<at::Tensor>& x_ids, const std::optional<at::Tensor>& y_ids,
                          const std::optional<at::Tensor>& params, at::ArrayRef<double> constants, int64_t shift,
-                         int64_t offset, bool normalize, const std::array<bool, 3>& needs_grad) {
+                         int64_t offset, bool normalize, const std::array<bool, 3>& needs_grad,
+                         const std::optional<at::Tensor>& x2) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, "pairwise_bce: x must be [M, D], got ", x.sizes());
   const at::ScalarType type = x.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
                    "pairwise_bce: x must be float32, float64, float16 or bfloat16, got ", type);
+  if (x2)
+    TORCH_CHECK_VALUE(
+        x2->dim() == 2 && x2->size(1) == x.size(1) && x2->scalar_type() == type && x2->device() == x.device(),
+        "pairwise_bce: x2 must be [M2, ", x.size(1), "], ", type, ", on ", x.device(), " like x; got ", x2->sizes(),
+        ", ", x2->scalar_type(), ", on ", x2->device());
+  const int64_t m = x.size(0) + (x2 ? x2->size(0) : 0);
   if (y) {
     TORCH_CHECK_VALUE(y->dim() == 2 && y->size(0) > 0 && y->size(1) == x.size(1), "pairwise_bce: y must be [K, ",
                       x.size(1), "] like x, got ", y->sizes());
@@ -34,7 +41,7 @@ inline void check_inputs(const at::Tensor& x, const std::optional<at::Tensor>& y
     TORCH_CHECK_VALUE(y->device() == x.device(), "pairwise_bce: y must be on ", x.device(), " like x, got ",
                       y->device());
   }
-  check_ids(x_ids, "x_ids", x.size(0), x);
+  check_ids(x_ids, "x_ids", m, x);
   if (y) check_ids(y_ids, "y_ids", y->size(0), x);
   TORCH_CHECK_VALUE(y_ids.has_value() == (y && x_ids),
                     "pairwise_bce: y_ids must be given with x_ids and y, and only then");
@@ -47,13 +54,12 @@ inline void check_inputs(const at::Tensor& x, const std::optional<at::Tensor>& y
                           params->device() == x.device(),
                       "pairwise_bce: params must be [6], ", loss_type, ", on ", x.device(), "; got ", params->sizes(),
                       ", ", params->scalar_type(), ", on ", params->device());
-  TORCH_CHECK_VALUE(shift >= 0 && shift < x.size(0), "pairwise_bce: shift must be in [0, ", x.size(0), "), got ",
-                    shift);
+  TORCH_CHECK_VALUE(shift >= 0 && shift < m, "pairwise_bce: shift must be in [0, ", m, "), got ", shift);
   TORCH_CHECK_VALUE(y || offset == 0, "pairwise_bce: offset must be 0 without y, got ", offset);
   TORCH_CHECK_VALUE(offset >= 0, "pairwise_bce: offset must be at least 0, got ", offset);
-  TORCH_CHECK_VALUE(y || x_ids || shift * 2 % x.size(0) == 0,
+  TORCH_CHECK_VALUE(y || x_ids || shift * 2 % m == 0,
                     "pairwise_bce: without y and ids the positives must be mutual, shift 0 or M/2; got shift ", shift,
-                    " with M = ", x.size(0));
+                    " with M = ", m);
   TORCH_CHECK_VALUE(y || !needs_grad[1], "pairwise_bce: there is no gradient for y = None");
   TORCH_CHECK_VALUE(normalize || params || constants[5] == 0, "pairwise_bce: the linear weight needs normalize, got ",
                     constants[5], " without");

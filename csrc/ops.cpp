@@ -17,13 +17,14 @@ TORCH_LIBRARY(mio_ext, m) {
   //     read by the host; None: the same six numbers are in `constants`, which is empty otherwise.
   //     A scale a that is not positive and finite makes the loss NaN. w_l must be 0 without normalize.
   // needs_grad: for x, y and params.
+  // x2: more rows of x, which follow its own; M, ids and dx are of all of them.
   //
   // loss, dparams [6]: float32, float64 for float64 inputs. dx [M, D], dy [K, D]: the same, so that a
   //     16-bit gradient is rounded once, after grad_output; empty where not needed.
   // stats: float64 [8], the fields of reference.PairStats.
   const std::string arguments =
       "(Tensor x, Tensor? y, Tensor? x_ids, Tensor? y_ids, Tensor? params, float[] constants, SymInt shift, "
-      "SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad) -> ";
+      "SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad, Tensor? x2=None) -> ";
   const std::string outputs = "(Tensor loss, Tensor stats, Tensor dx, Tensor dy, Tensor dparams)";
   m.def(("pairwise_bce" + arguments + outputs).c_str());
   // The same op in Triton; mio_ext/ops.py registers its implementation.

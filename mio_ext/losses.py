@@ -63,7 +63,7 @@ def mio_loss(
     )
     batch, dim = z1.shape
     loss, stats = ops.pairwise_bce(
-        torch.cat([z1, z2]),
+        (z1, z2),
         scale=scale,
         bias=bias,
         weights=mio_weights(batch, dim, regularizer, ids),

@@ -84,7 +84,7 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
 
 
 def pairwise_bce(
-    x: Tensor,
+    x: Tensor | tuple[Tensor, Tensor],
     y: Tensor | None = None,
     *,
     scale: tuple[Number, Number] = (1.0, 1.0),
@@ -100,6 +100,7 @@ def pairwise_bce(
 ) -> tuple[Tensor, PairStats]:
     """:func:`reference.pairwise_bce` on a backend; same arguments, same results.
 
+    ``x`` may be two tensors, the first rows and the others.
     16-bit features get exact float32 logits and 16-bit gradients, for which a backend may round σ to bfloat16 or
     float16; autocast changes nothing.
     What csrc/ops.cpp asks of offset and shift holds for fused backends only.
@@ -109,7 +110,9 @@ def pairwise_bce(
     """
     if not normalize and (isinstance(weights[2], Tensor) or weights[2] != 0):
         raise ValueError("pairwise_bce: the linear weight needs normalize=True")
+    x, x2 = x if isinstance(x, tuple) else (x, None)
     if backend == "reference":
+        x = x if x2 is None else torch.cat([x, x2])
         with torch.autocast(x.device.type, enabled=False):
             loss, stats = reference.pairwise_bce(
                 _at_least_float32(x),
@@ -133,8 +136,9 @@ def pairwise_bce(
     # Inside forward() gradients are always off, so what is needed is decided out here.
     grad = torch.is_grad_enabled()
     needs_grad = [grad and t is not None and t.requires_grad for t in (x, y, params)]
+    needs_grad[0] |= grad and x2 is not None and x2.requires_grad
     loss, stats = PairwiseBCE.apply(
-        x, y, params, backend, x_ids, y_ids, constants, shift, offset, exclude_self, normalize, needs_grad
+        x, x2, y, params, backend, x_ids, y_ids, constants, shift, offset, exclude_self, normalize, needs_grad
     )
     return loss, PairStats(*stats.unbind())
 
@@ -158,23 +162,29 @@ class PairwiseBCE(torch.autograd.Function):
     """The differentiable face of the op. The gradient is made along with the loss; backward scales it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, params: Tensor | None, *config: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, x2: Tensor | None, y: Tensor | None, params: Tensor | None, *config: Any
+    ) -> tuple[Tensor, Tensor]:
         backend, x_ids, y_ids, *rest = config
         op = torch.ops.mio_ext.pairwise_bce_triton if backend == "triton" else torch.ops.mio_ext.pairwise_bce
-        loss, stats, dx, dy, dparams = op(x, y, x_ids, y_ids, params, *rest)
+        loss, stats, dx, dy, dparams = op(x, y, x_ids, y_ids, params, *rest, x2)
         ctx.save_for_backward(dx, dy, dparams)
         ctx.needs_grad = rest[-1]
         ctx.dtype = x.dtype
+        ctx.rows = x.shape[0]
+        ctx.halves = x2 is not None
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # zeros for stats would be a kernel launch
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "pairwise_bce: a fused backend has no second derivative; pass backend='reference' for create_graph=True"
             )
+        if grad_loss is None:
+            return (None,) * 13
         # Rounded to 16 bits only after grad_output: a loss scale must be able to save small gradients. out=
         # makes that one kernel launch.
         dx, dy, dparams = (
@@ -183,7 +193,10 @@ class PairwiseBCE(torch.autograd.Function):
                 ctx.saved_tensors, ctx.needs_grad, (ctx.dtype, ctx.dtype, grad_loss.dtype), strict=True
             )
         )
-        return dx, dy, dparams, *[None] * 9
+        dx2 = None
+        if ctx.halves and dx is not None:
+            dx, dx2 = dx[: ctx.rows], dx[ctx.rows :]
+        return dx, dx2, dy, dparams, *[None] * 9
 
 
 def _fake(
@@ -198,6 +211,7 @@ def _fake(
     exclude_self: bool,
     normalize: bool,
     needs_grad: list[bool],
+    x2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = loss_dtype(x.dtype)
 
@@ -207,7 +221,7 @@ def _fake(
     return (
         wanted(True, ()),
         x.new_empty(8, dtype=torch.float64),
-        wanted(needs_grad[0], x.shape),
+        wanted(needs_grad[0], x.shape if x2 is None else (x.shape[0] + x2.shape[0], x.shape[1])),
         wanted(needs_grad[1], (0,) if y is None else y.shape),
         wanted(needs_grad[2], 6),
     )

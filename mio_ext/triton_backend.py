@@ -55,6 +55,7 @@ class Call(NamedTuple):
     exclude_self: bool
     normalize: bool
     needs_grad: list[bool]
+    x2: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -109,6 +110,8 @@ def pairwise_bce(*arguments: Any) -> Outputs:
     """The op."""
     torch.ops.mio_ext.check_inputs(*arguments)
     call = Call(*arguments)
+    if call.x2 is not None:
+        call = call._replace(x=torch.cat([call.x, call.x2]))
     x = call.x
     with torch.cuda.device(x.device if x.is_cuda else -1), torch.autocast(x.device.type, enabled=False):
         job = Job(call)

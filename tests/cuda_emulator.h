@@ -31,8 +31,14 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 
 namespace emulator {
@@ -77,13 +83,13 @@ struct Copy {
   const void* from;
 };
 
-enum class State { kReady, kInWarp, kAtBarrier, kDone };
+enum class State { kReady, kInWarp, kAtBarrier, kAtGrid, kDone };
 
 struct Thread {
-  unsigned index;
-  State state;
+  State state = State::kReady;
+  bool started = false;
   jmp_buf resume;
-  std::vector<std::vector<Copy>> groups;  // of cp.async, oldest first; the last is open
+  std::vector<std::vector<Copy>> groups{1};  // of cp.async, oldest first; the last is open
 };
 
 struct Warp {
@@ -92,15 +98,32 @@ struct Warp {
   void (*op)(void**) = nullptr;
 };
 
-struct Machine {
+struct Block {
   static constexpr size_t kStackBytes = 256 * 1024;
-  std::mt19937 random{1};
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<char[]>> stacks;
+  std::unique_ptr<Guarded> memory;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
-  dim3 block_index, grid;
+  dim3 block_index;
+
+  Block() = default;
+  Block(unsigned n, size_t bytes, dim3 index)
+      : threads(n),
+        warps(n / 32),
+        memory(new Guarded(bytes, 128)),
+        shared(static_cast<unsigned char*>(memory->data())),
+        shared_bytes(bytes),
+        block_index(index) {
+    for (unsigned t = 0; t < n; ++t) stacks.emplace_back(new char[kStackBytes]);
+  }
+};
+
+// The block that runs, and what all share.
+struct Machine : Block {
+  std::mt19937 random{1};
+  dim3 grid;
   unsigned current = 0;
   jmp_buf scheduler;
   ucontext_t scheduler_context;
@@ -121,52 +144,52 @@ inline void fiber() {
   _longjmp(machine.scheduler, 1);
 }
 
-inline void start_or_resume(unsigned t, bool started) {
+inline void start_or_resume(unsigned t) {
   machine.current = t;
   if (_setjmp(machine.scheduler) != 0) return;
-  if (started) _longjmp(machine.threads[t].resume, 1);
+  if (self().started) _longjmp(self().resume, 1);
+  self().started = true;
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = machine.stacks[t].get();
-  context.uc_stack.ss_size = Machine::kStackBytes;
+  context.uc_stack.ss_size = Block::kStackBytes;
   context.uc_link = nullptr;
   makecontext(&context, fiber, 0);
   setcontext(&context);
 }
 
-inline void run_warp(unsigned warp, std::vector<bool>& started) {
+inline void run_warp(unsigned warp) {
   for (bool progress = true; progress;) {
     progress = false;
     for (unsigned t = 32 * warp; t < 32 * warp + 32; ++t)
       if (machine.threads[t].state == State::kReady) {
         progress = true;
-        const bool was_started = started[t];
-        started[t] = true;
-        start_or_resume(t, was_started);
+        start_or_resume(t);
       }
   }
   if (machine.warps[warp].arrived) fail("a warp's collective was not reached by all its lanes");
 }
 
-inline void run_block(unsigned threads) {
-  machine.threads.assign(threads, Thread{});
-  machine.warps.assign(threads / 32, Warp{});
-  while (machine.stacks.size() < threads) machine.stacks.emplace_back(new char[Machine::kStackBytes]);
-  std::vector<unsigned> order(threads / 32);
+// Runs a block to its end, or to where it waits for the grid: true.
+inline bool run_block(Block& block) {
+  std::swap(static_cast<Block&>(machine), block);
+  std::vector<unsigned> order(machine.warps.size());
   for (unsigned w = 0; w < order.size(); ++w) order[w] = w;
-  for (unsigned t = 0; t < threads; ++t) {
-    machine.threads[t].index = t;
-    machine.threads[t].state = State::kReady;
-    machine.threads[t].groups.emplace_back();
-  }
-  std::vector<bool> started(threads, false);
+  bool at_grid = false;
+  for (Thread& thread : machine.threads)
+    if (thread.state == State::kAtGrid) thread.state = State::kReady;
   for (bool running = true; running;) {
     std::shuffle(order.begin(), order.end(), machine.random);
-    for (unsigned warp : order) run_warp(warp, started);
+    for (unsigned warp : order) run_warp(warp);
     running = false;
-    for (Thread& thread : machine.threads)
+    for (Thread& thread : machine.threads) {
+      if (thread.state == State::kAtGrid) at_grid = true;
       if (thread.state == State::kAtBarrier) thread.state = State::kReady, running = true;
+    }
+    if (running && at_grid) fail("threads of a block at different barriers");
   }
+  std::swap(static_cast<Block&>(machine), block);
+  return at_grid;
 }
 
 // Every lane brings its arguments; the last to come carries the instruction out for all.
@@ -207,20 +230,35 @@ inline unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }
 
 namespace mio_ext {
 
+// together: blocks may wait for each other.
 template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void*, const Params& params) {
+void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void*, const Params& params,
+            bool together = false) {
   emulator::Machine& m = emulator::machine;
   m.grid = grid;
   m.body = [&] { kernel(params); };
-  std::vector<unsigned> order(grid.x * grid.y);
+  std::vector<unsigned> order(grid.x * grid.y * grid.z);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
-  std::shuffle(order.begin(), order.end(), m.random);
-  for (unsigned i : order) {
-    emulator::Guarded shared(size_t(shared_bytes), 128);
-    m.shared = static_cast<unsigned char*>(shared.data());
-    m.shared_bytes = size_t(shared_bytes);
-    m.block_index = {i % grid.x, i / grid.x, 0};
-    emulator::run_block(unsigned(threads));
+  auto block = [&](unsigned i) {
+    const dim3 index{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    return std::make_unique<emulator::Block>(unsigned(threads), size_t(shared_bytes), index);
+  };
+  std::vector<std::unique_ptr<emulator::Block>> waiting(order.size());
+  for (size_t left = order.size(); left > 0;) {
+    std::shuffle(order.begin(), order.end(), m.random);
+    for (unsigned i : order) {
+      if (!waiting[i]) waiting[i] = block(i);
+      if (emulator::run_block(*waiting[i])) {
+        if (!together) emulator::fail("a barrier of the grid in an ordinary launch");
+        continue;
+      }
+      waiting[i].reset();
+      --left;
+    }
+    order.clear();
+    for (unsigned i = 0; i < waiting.size(); ++i)
+      if (waiting[i]) order.push_back(i);
+    if (order.size() != left) emulator::fail("not all blocks are at the grid's barrier");
   }
 }
 
@@ -234,6 +272,8 @@ inline float float_of(uint32_t v) {
   std::memcpy(&r, &v, 4);
   return r;
 }
+
+inline void sync_grid() { emulator::wait_as(emulator::State::kAtGrid); }
 
 inline unsigned char* shared_memory() { return emulator::machine.shared; }
 inline uint32_t shared_address(const void* p) {
@@ -371,6 +411,9 @@ inline float disturbed(double v, float of, double size) {
 inline float exp2_approx(float v) { return disturbed(std::exp2(double(v)), v, 0x1p-22); }
 inline float reciprocal(float v) { return disturbed(1 / double(v), v, 0x1p-24); }
 
+inline void sync_warp() {
+  emulator::collective(nullptr, [](void**) {});
+}
 template <typename T>
 T shuffle_xor(T v, int mask) {
   static_assert(sizeof(T) <= 8);

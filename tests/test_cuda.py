@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA backend without a GPU: what it says. Its values are tested in C++, tests/pairwise_bce_cuda_test.cpp."""
+"""The CUDA backend without a GPU: what it says, and its host code on CPU tensors, with the kernels in an emulator.
+
+The kernels' own test is tests/pairwise_bce_cuda_test.cpp.
+"""
 
 import pytest
 import torch
+from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, views
+from test_mio_loss import both
+from torch.utils import cpp_extension
 
-from mio_ext import mio_loss, ops
+from mio_ext import mio_loss, ops, siglip_loss
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -19,3 +25,118 @@ def test_build_without_cuda_says_so(monkeypatch):
     monkeypatch.setattr(ops.extension, "cuda", None)
     reason = ops.unavailable_reason("cuda")
     assert reason == "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext builds it"
+
+
+@pytest.fixture(scope="module")
+def emulated_op():
+    """The op in the emulator; chunks are of 128 rows."""
+    folder = ROOT / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [ROOT / "tests" / "cuda_emulated_op.cpp"]
+    for kernel in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        source = folder / f"{kernel.stem}.cpp"
+        text = f'#include "cuda/{kernel.name}"\n'
+        if not source.exists() or source.read_text() != text:
+            source.write_text(text)
+        sources.append(source)
+    cpp_extension.load(
+        "mio_ext_emulated",
+        [str(source) for source in sources],
+        # The emulator's fibers jump between stacks, which _FORTIFY_SOURCE takes for an attack.
+        extra_cflags=["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"],
+        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests")],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+    return torch.ops.mio_ext_emulated.pairwise_bce
+
+
+@pytest.fixture
+def emulated(emulated_op, monkeypatch):
+    """backend="cpu" is the emulator's."""
+    monkeypatch.setattr(torch.ops.mio_ext, "pairwise_bce", emulated_op)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("batch, dim", [(2, 3), (75, 40), (40, 130), (100, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_mio_loss(batch, dim, dtype, precision, emulated):
+    if precision == "high" and dtype != torch.float32:
+        pytest.skip("16 bits know no precision")
+    torch.set_float32_matmul_precision(precision)
+    try:
+        (loss, grad), (plain, plain_grad), (exact, exact_grad) = both(
+            *views(batch, dim, dtype), "cpu", "cpu", scale=3 * 2.0**12
+        )
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    if precision == "high" and dim <= 256:
+        assert relative_error(loss, exact) < 1e-4
+        assert relative_error(grad, exact_grad) < 2e-3
+        return
+    assert_no_worse_than(loss, plain, exact, TOLERANCE[dtype][0])
+    assert_no_worse_than(grad, plain_grad, exact_grad, TOLERANCE[dtype][1])
+
+
+def step(x, y, backend, **kwargs):
+    scale, bias = (torch.tensor(v, requires_grad=True, dtype=x.dtype) for v in (10.0, -5.0))
+    inputs = [t for t in (x, y, scale, bias) if t.requires_grad]
+    loss, stats = siglip_loss(x, y, scale, bias, backend=backend, return_stats=True, **kwargs)
+    return loss, torch.stack(list(stats)), *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("form, frozen", [("offset", ""), ("ids", "x"), ("negatives", "y"), ("normalized", "xy")])
+@pytest.mark.parametrize("m, k, dim", [(20, 70, 30), (140, 290, 270), (290, 140, 270)])
+def test_siglip_loss(m, k, dim, frozen, form, emulated):
+    if form == "offset" and k < m:
+        pytest.skip("every image needs a text")
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.nn.functional.normalize(torch.randn(n, dim, generator=generator)) for n in (m, k))
+    # Ids with no text are none of the CPU's check; a stride that is not 1.
+    options = {
+        "offset": {"text_offset": max(0, k - m) // 2},
+        "ids": {"image_ids": torch.arange(m) % 10 << 40, "text_ids": torch.arange(k) * 3 % 10 << 40},
+        "negatives": {"negative_only": True},
+        "normalized": {"normalize": True, "negative_only": k < m},
+    }[form]
+    results = []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        a, b = (t.to(dtype).T.contiguous().T.requires_grad_(name not in frozen) for name, t in (("x", x), ("y", y)))
+        results.append(step(a, b, backend, **options))
+    for actual, expected in zip(*results, strict=True):
+        keep = ~expected.isnan()  # statistics of no pair
+        assert torch.equal(keep, ~actual.isnan())
+        assert relative_error(actual[keep], expected[keep]) < 1e-5
+
+
+@pytest.mark.parametrize("dim", [40, 200, 300])
+def test_sigmas_far_below_the_range_of_float16(dim, emulated):
+    x, y = (torch.nn.functional.normalize(z).detach() for z in views(70, dim))
+    results = []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        a, b = (t.to(dtype).requires_grad_() for t in (x, y))
+        loss = siglip_loss(a, b, 10.0, -40.0, negative_only=True, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, (a, b))))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dim", [64, 300])
+def test_nothing_but_the_loss(dim, emulated):
+    z1, z2 = views(150, dim)
+    with torch.no_grad():
+        loss = mio_loss(z1, z2)
+    assert relative_error(loss, mio_loss(z1.double(), z2.double(), backend="reference")) < 1e-6
+
+
+def test_chunked_takes_norms_far_apart(emulated):
+    z1, z2 = views(100, 300)
+    with torch.no_grad():
+        z1.mul_(torch.logspace(-30, 15, 100)[:, None])
+        z1[7] = 0
+    (loss, grad), _, (exact, exact_grad) = both(z1, z2, "cpu", "cpu")
+    assert relative_error(loss, exact) < 1e-6
+    assert grad.isfinite().all()
+    # Row by row: the small rows have the large gradients.
+    error = (grad.double() - exact_grad).norm(dim=1)
+    assert (error <= 1e-5 * exact_grad.norm(dim=1)).all()

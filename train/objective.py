@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mio_ext import distributed
+from mio_ext import analysis, distributed
 from train.config import Config
 
 
@@ -55,7 +55,7 @@ class Objective(nn.Module):
         if self.name != "mio":
             return {}
         temperature, bias = self.critic()
-        parts = mio_ext.analysis.gradient_parts(
+        parts = analysis.gradient_parts(
             *z.chunk(2), temperature=temperature, regularizer=self.regularizer, bias=bias, backend=self.backend
         )
         return {

@@ -86,10 +86,11 @@ Outputs pairwise_bce_of(const Tensor& x, const std::optional<Tensor>& y, const s
 Outputs pairwise_bce(const Tensor& x, const std::optional<Tensor>& y, const std::optional<Tensor>& x_ids,
                      const std::optional<Tensor>& y_ids, const std::optional<Tensor>& params,
                      at::ArrayRef<double> constants, int64_t shift, int64_t offset, bool exclude_self, bool normalize,
-                     std::array<bool, 3> needs_grad) {
-  check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad);
+                     std::array<bool, 3> needs_grad, const std::optional<at::Tensor>& x2) {
+  check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad, x2);
   auto run = x.scalar_type() == at::kDouble ? pairwise_bce_of<double> : pairwise_bce_of<float>;
-  return run(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad);
+  return run(x2 ? at::cat({x, *x2}) : x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize,
+             needs_grad);
 }
 
 }  // namespace

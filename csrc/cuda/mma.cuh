@@ -19,6 +19,8 @@ struct Float16 {
 }  // namespace mio_ext
 
 #if defined(__CUDACC__)
+#include <cooperative_groups.h>
+
 #define MIO_DEVICE __device__ __forceinline__
 
 namespace mio_ext {
@@ -114,6 +116,9 @@ MIO_DEVICE float to_float(Float16 v) {
 MIO_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 MIO_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
+MIO_DEVICE void sync_warp() { __syncwarp(); }
+// All blocks of a cooperative launch.
+MIO_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 template <typename T>
 MIO_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);

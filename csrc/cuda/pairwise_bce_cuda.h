@@ -19,8 +19,9 @@ using Stream = cudaStream_t;
 using Stream = void*;  // the emulator has one
 #endif
 
-// How the tensor cores take the features: as they are, or float32 as one TF32 number or the sum of two.
-enum class Arithmetic { kBf16, kFp16, kTf32, kTf32x3 };
+// How the fused kernels' tensor cores take the features: as they are, or float32 as a TF32 number or the sum of two
+// float16. kFp32: the chunked path only, where a library multiplies.
+enum class Arithmetic { kBf16, kFp16, kTf32, kFp16x3, kFp32 };
 
 // Features as they come: row i, column f at data + i row_stride + f col_stride.
 struct Features {
@@ -31,7 +32,9 @@ struct Features {
 // One call of the op; csrc/ops.cpp says what its fields mean. All memory is the device's.
 struct PairwiseBCECuda {
   Arithmetic arithmetic;
-  Features x;            // [M, D]
+  Features x;            // [M, D], or the first of its rows
+  Features x2;           // the others
+  int x_rows;            // how many are in x; M: all
   Features y;            // [K, D]; data = nullptr: y = x, and dx holds both roles' gradient
   const int64_t* x_ids;  // [M] or nullptr
   const int64_t* y_ids;  // [K]
@@ -51,12 +54,33 @@ struct PairwiseBCECuda {
 
 // Up to this many features all is done in one kernel for each gradient.
 constexpr int kMaxFusedFeatures = 256;
+// Up to this many rows and columns a sweep also prepares them, in a cooperative launch.
+constexpr int kTogetherRows = 1024;
 // Row and column numbers, and their sums, are 32-bit.
 constexpr int64_t kMaxRows = 1 << 29;
 
+inline bool is_fused(const PairwiseBCECuda& problem) {
+  return problem.arithmetic != Arithmetic::kFp32 && problem.d <= kMaxFusedFeatures;
+}
+
 size_t workspace_bytes(const PairwiseBCECuda& problem);
 
-// Two launches, three if dy is wanted. Same inputs, same bits. Nothing waits for the device.
+// Two launches, or one for up to kTogetherRows rows and columns; another one if dy is wanted. Same inputs, same bits.
+// Nothing waits for the device.
 void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream);
+
+// The chunked path, for all else. A call is prepare; for every chunk of rows, products of the copies x and y by a
+// library, terms, and the gradients of the copies, made of the coefficients by a library; finish.
+struct ChunkedCopies {
+  size_t x, y;  // where they begin in the workspace: [m_pad, width] and [k_pad, width] of the features' type
+  int m_pad, k_pad, width;
+};
+constexpr int kChunkMultiple = 128;  // of rows
+ChunkedCopies chunked_copies(const PairwiseBCECuda& problem);
+void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream);
+// products [n, k_pad] of rows row0 to row0 + n - 1 become coefficients in the features' type: row i begins where it
+// did. dx [M, D] is then coefficients times y, and dy [K, D] their transpose times x, summed over chunks.
+void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream);
+void launch_chunked_finish(const PairwiseBCECuda& problem, Stream stream);
 
 }  // namespace mio_ext

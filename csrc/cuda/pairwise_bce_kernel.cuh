@@ -20,6 +20,8 @@
 namespace mio_ext {
 
 struct Sweep {
+  Prepare prepare;
+  bool prepares;  // what is to be prepared is in `prepare`, and all blocks run at a time
   Prepared rows, cols;
   Pairs pairs;
   Results results;
@@ -39,14 +41,13 @@ struct Sweep {
 // Brings `rows` rows of `row_bytes` bytes of z, from row0 on, to shared memory.
 template <class T, int kRows>
 MIO_DEVICE void copy_rows(uint32_t to, const void* z, int row0) {
-  constexpr int kChunks = T::kRowBytes / 16;
-  static_assert(kRows * kChunks % T::kThreads == 0, "every thread takes as many chunks");
-  const unsigned char* from = static_cast<const unsigned char*>(z) + int64_t(row0) * T::kRowBytes;
+  constexpr int kChunks = T::kRowBytes / 16, kAtATime = T::kThreads / kChunks;  // rows, a power of two
+  static_assert(kRows % kAtATime == 0, "every thread takes as many chunks");
+  const unsigned char* from = static_cast<const unsigned char*>(z) + int64_t(row0) * T::kRowBytes + threadIdx.x * 16;
+  const uint32_t place = to + swizzled(threadIdx.x / kChunks, threadIdx.x % kChunks, T::kRowBytes);
 #pragma unroll
-  for (int i = 0; i < kRows * kChunks / T::kThreads; ++i) {
-    const int chunk = i * T::kThreads + threadIdx.x;
-    cp_async(to + swizzled(chunk / kChunks, chunk % kChunks, T::kRowBytes), from + chunk * 16);
-  }
+  for (int row = 0; row < kRows; row += kAtATime)  // as swizzled() has it: a thread's rows agree in the bits below
+    cp_async((place ^ (row & 7) << 4) + row * T::kRowBytes, from + row * T::kRowBytes);
 }
 
 template <class T>
@@ -54,6 +55,20 @@ MIO_DEVICE void copy_columns(uint32_t stage, const Prepared& cols, int col0) {
   copy_rows<T, T::kBlockN>(stage, cols.z, col0);
   if (threadIdx.x < T::kBlockN / 4)
     cp_async(stage + T::kFactorsAt + threadIdx.x * 16, cols.inverse + col0 + threadIdx.x * 4);
+}
+
+// ---------------------------------------------------------------- before the sweep
+
+// prepare_kernel's work, by the blocks of a cooperative launch.
+template <class A, int kWarps>
+MIO_DEVICE void prepare_together(const Prepare& in) {
+  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const int warps = kWarps * gridDim.x * gridDim.y * gridDim.z;
+  if (block == 0) clear_tickets(in);
+  for (int side = 0; side < in.sides; ++side)
+    for (int row = block * kWarps + threadIdx.x / 32; row < in.out[side].n_pad; row += warps)
+      prepare_row<A>(in, side, row);
+  sync_grid();
 }
 
 // ---------------------------------------------------------------- after the sweep
@@ -91,9 +106,9 @@ struct Finish {
   }
 
   MIO_DEVICE void load(float (&z)[kEach], const Prepared& from, int row) const {
-    const Element* at = static_cast<const Element*>(from.z) + int64_t(row) * T::kWidth + lane;
+    const Element* at = static_cast<const Element*>(from.z) + int64_t(row) * T::kWidth * A::kParts;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) z[i] = to_float(at[i * kLanes]);
+    for (int i = 0; i < kEach; ++i) z[i] = get_feature<A>(at, lane + i * kLanes, T::kWidth);
   }
 
   MIO_DEVICE void add_parts(float (&g)[kEach], int row) const {
@@ -119,16 +134,7 @@ struct Finish {
     if (row < 0) return;
     out.negative.count += in.cols.n - there - (in.pairs.own(row) >= 0);
     if (!there) return;
-    const float inverse = in.cols.inverse[column];
-    product *= inverse * in.rows.inverse[row];
-    const Term term(-(product * scales.p + scales.bias));
-    out.positive.count += 1;
-    out.positive.softplus += kLn2 * (term.relu + log2_1p(term.e));
-    out.positive.product += product;
-    out.positive.sigmoid += term.sigmoid;
-    out.positive.sigmoid_prod += term.sigmoid * product;
-    out.distance += in.rows.half_norm[row] + in.cols.half_norm[column] - product;
-    const float weight = -(scales.weight_p * term.sigmoid + scales.weight_l) * inverse;  // (7)
+    const float weight = add_positive(out, product, in.rows, row, in.cols, column, scales);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) g[i] += weight * partner[i];
   }
@@ -154,8 +160,8 @@ struct Finish {
 
 // This block's share of the gradient, as the accumulator's fragments lie.
 template <class T, int F>
-MIO_DEVICE void store_part(const Sweep& in, const float (&acc)[F][T::kWidth / 8][4], int row0, int split) {
-  const int column = threadIdx.x % 4 * 2;
+MIO_DEVICE void store_part(const Sweep& in, const float (&acc)[F][T::kSlice / 8][4], int row0, int split) {
+  const int column = blockIdx.z * T::kSlice + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -164,7 +170,7 @@ MIO_DEVICE void store_part(const Sweep& in, const float (&acc)[F][T::kWidth / 8]
       if (row >= in.rows.n) continue;
       float* at = in.partial + (int64_t(split) * in.rows.n + row) * in.d;
 #pragma unroll
-      for (int n = 0; n < T::kWidth / 8; ++n) {
+      for (int n = 0; n < T::kSlice / 8; ++n) {
         const int feature = 8 * n + column + i % 2;
         if (feature < in.d) at[feature] = acc[f][n][i];
       }
@@ -191,16 +197,17 @@ MIO_DEVICE void finish(const Sweep& in, double (&sums)[kSums], const Scales& sca
     PairSums* to = in.records + int64_t(part) * row_blocks + blockIdx.x;
     if (threadIdx.x < kSums) fields(to)[threadIdx.x] = fields(&shared.total)[threadIdx.x];
   };
-  record(blockIdx.y);
-  if (last_to_arrive(&in.tickets[1 + blockIdx.x], in.splits, &shared.flag)) {
+  if (blockIdx.z == 0) record(blockIdx.y);  // all slices have the same
+  const int blocks = in.splits * gridDim.z;
+  if (last_to_arrive(&in.tickets[1 + blockIdx.x], blocks, &shared.flag)) {
     Finish<A, T, kIds>{in, scales, acc_weight}.rows(blockIdx.x * T::kBlockM, sums);
     record(in.splits);
   }
-  if (in.loss && last_to_arrive(in.tickets, row_blocks * in.splits, &shared.flag))
+  if (in.loss && last_to_arrive(in.tickets, row_blocks * blocks, &shared.flag))
     sum_records<T::kWarps>(in.records, row_blocks * (in.splits + 1), in.results, shared.scratch, &shared.total);
 }
 
-// Grid: [row blocks, splits].
+// Grid: [row blocks, splits, slices of the features].
 template <class A, int kWidth, bool kIds>
 __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kBlocksPerMultiprocessor)
     sweep_kernel(const Sweep in) {
@@ -212,6 +219,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
   const uint32_t smem = shared_address(shared_memory());
   const uint32_t first_stage = smem + T::kColumnsAt, last_stage = first_stage + (T::kStages - 1) * T::kStageBytes;
   const Scales scales(read_params(in.results.constants, in.results.params));
+  if (in.prepares) prepare_together<A, T::kWarps>(in.prepare);
 
   const int tiles = ceil_div(in.cols.n, T::kBlockN), first = blockIdx.y * in.tiles_per_split;
   const int end = first + in.tiles_per_split < tiles ? first + in.tiles_per_split : tiles;
@@ -223,7 +231,8 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
   }
 
   Terms terms(in.rows, in.cols, row0, scales);
-  float acc[F][kWidth / 8][4] = {};
+  float acc[F][T::kSlice / 8][4] = {};
+  const uint32_t slice_at = blockIdx.z * (T::kSlice * T::kPartBytes / T::kWidth);  // a multiple of 128 bytes
   uint32_t stage = first_stage;
   for (int tile = first; tile < end; ++tile) {
     cp_async_wait<T::kStages - 2>();
@@ -237,7 +246,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
     logits<A, T>(s, smem + warp_row * T::kRowBytes, stage);
     const bool crossed = col0 + T::kBlockN > in.cols.n || in.pairs.cross(block_row0, T::kBlockM, col0, T::kBlockN);
     terms.tile(s, stage + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
-    if (in.grad) gradient<A, T>(acc, s, stage);
+    if (in.grad) gradient<A, T>(acc, s, T::kSlices == 1 ? stage : stage + slice_at);
     stage = stage == last_stage ? first_stage : stage + T::kStageBytes;
   }
   if (in.grad) store_part<T>(in, acc, row0, blockIdx.y);

@@ -7,11 +7,17 @@ namespace mio_ext {
 extern template struct Launch<Bf16>;
 extern template struct Launch<Fp16>;
 extern template struct Launch<Tf32>;
-extern template struct Launch<Tf32x3>;
+extern template struct Launch<Fp16x3>;
+extern template struct LaunchChunked<Bf16>;
+extern template struct LaunchChunked<Fp16>;
+extern template struct LaunchChunked<Fp32>;
 
 namespace {
 
-int padded_width(int d) { return d <= 64 ? 64 : d <= 128 ? 128 : 256; }
+int padded_width(const PairwiseBCECuda& in) {
+  if (!is_fused(in)) return ceil_div(in.d, 16) * 16;
+  return in.d <= 64 ? 64 : in.d <= 128 ? 128 : 256;
+}
 
 // The smallest tiles of any kernel, so the most blocks there can be.
 constexpr int kSmallestBlockM = 64;
@@ -37,6 +43,7 @@ class Carver {
 struct Workspace {
   Prepared x, y;
   PairSums* records;
+  int n_records;
   unsigned* tickets;  // of both sweeps
   int n_tickets;
   float* parts;
@@ -46,13 +53,18 @@ struct Workspace {
     Carver carver(in.workspace);
     x = side(carver, in, in.m, in.x_ids);
     y = in.y.data ? side(carver, in, in.k, in.y_ids) : x;
-    // Splits never make more blocks than twice the slots, if one block a row block does not.
-    const int64_t blocks = ceil_div(in.m, kSmallestBlockM), slots = int64_t(in.multiprocessors) * 4;
-    records = carver.take<PairSums>(2 * blocks + 2 * slots);
-    n_tickets = 2 + ceil_div(in.m, kSmallestBlockM) + ceil_div(in.k, kSmallestBlockM);
+    if (is_fused(in)) {
+      // Splits never make more blocks than twice the slots, if one block a row block does not.
+      const int64_t blocks = ceil_div(in.m, kSmallestBlockM), slots = int64_t(in.multiprocessors) * 4;
+      n_records = int(2 * blocks + 2 * slots);
+      n_tickets = 2 + ceil_div(in.m, kSmallestBlockM) + ceil_div(in.k, kSmallestBlockM);
+    } else {
+      n_records = 2 * ceil_div(in.m, kChunkWarps);
+      n_tickets = 1;
+    }
+    records = carver.take<PairSums>(n_records);
     tickets = carver.take<unsigned>(n_tickets);
-    const bool grad = in.dx || in.dy;
-    parts = carver.take<float>(grad ? kSplitBytes / 4 : 0);
+    parts = carver.take<float>(is_fused(in) && (in.dx || in.dy) ? kSplitBytes / 4 : 0);
     bytes = carver.used();
   }
 
@@ -62,7 +74,7 @@ struct Workspace {
     p.n = n;
     p.n_pad = ceil_div(n, kRowMultiple) * kRowMultiple;
     const int element = in.arithmetic == Arithmetic::kBf16 || in.arithmetic == Arithmetic::kFp16 ? 2 : 4;
-    p.z = carver.take<unsigned char>(int64_t(p.n_pad) * padded_width(in.d) * element);
+    p.z = carver.take<unsigned char>(int64_t(p.n_pad) * padded_width(in) * element);
     p.inverse = carver.take<float>(p.n_pad);
     p.back = carver.take<float>(p.n_pad);
     p.half_norm = carver.take<float>(p.n_pad);
@@ -71,22 +83,31 @@ struct Workspace {
   }
 };
 
+Prepare prepare_of(const PairwiseBCECuda& in, const Workspace& work) {
+  Prepare prepare{};
+  prepare.features[0] = in.x, prepare.features[1] = in.y;
+  prepare.more = in.x2, prepare.first = in.x_rows;
+  prepare.sides = in.y.data ? 2 : 1;
+  prepare.out[0] = work.x, prepare.out[1] = work.y;
+  prepare.d = in.d, prepare.width = padded_width(in);
+  prepare.normalize = in.normalize;
+  prepare.tickets = work.tickets, prepare.n_tickets = work.n_tickets;
+  return prepare;
+}
+
+Pairs pairs_of(const PairwiseBCECuda& in) {
+  return {in.m, in.k, in.shift, in.offset < in.k ? in.offset : in.k, in.exclude_self, false};
+}
+
 template <class A>
 void run(const PairwiseBCECuda& in, Stream stream) {
   const Workspace work(in);
-  const int width = padded_width(in.d);
-  Prepare prepare{};
-  prepare.features[0] = in.x, prepare.features[1] = in.y;
-  prepare.out[0] = work.x, prepare.out[1] = work.y;
-  prepare.d = in.d, prepare.width = width;
-  prepare.normalize = in.normalize;
-  prepare.tf32 = in.arithmetic == Arithmetic::kTf32;
-  prepare.tickets = work.tickets, prepare.n_tickets = work.n_tickets;
-  Launch<A>::prepare(prepare, in.y.data ? 2 : 1, stream);
-
+  const int width = padded_width(in);
   Sweep sweep{};
+  sweep.prepare = prepare_of(in, work);
+  sweep.prepares = true;
   sweep.rows = work.x, sweep.cols = work.y;
-  sweep.pairs = {in.m, in.k, in.shift, in.offset < in.k ? in.offset : in.k, in.exclude_self, false};
+  sweep.pairs = pairs_of(in);
   sweep.results = {in.constants, in.params, in.loss, in.stats, in.dparams};
   sweep.d = in.d;
   sweep.normalize = in.normalize;
@@ -97,12 +118,20 @@ void run(const PairwiseBCECuda& in, Stream stream) {
   sweep.tickets = work.tickets;
   Launch<A>::sweep(sweep, width, in.multiprocessors, work.parts, stream);
   if (!in.dy) return;
+  sweep.prepares = false;
   sweep.rows = work.y, sweep.cols = work.x;
   sweep.pairs.transposed = true;
   sweep.loss = false;
   sweep.grad = in.dy;
   sweep.tickets = work.tickets + 1 + ceil_div(in.m, kSmallestBlockM);
   Launch<A>::sweep(sweep, width, in.multiprocessors, work.parts, stream);
+}
+
+template <class F>
+void with_chunked(Arithmetic arithmetic, F&& f) {
+  if (arithmetic == Arithmetic::kBf16) return f(LaunchChunked<Bf16>{});
+  if (arithmetic == Arithmetic::kFp16) return f(LaunchChunked<Fp16>{});
+  f(LaunchChunked<Fp32>{});
 }
 
 }  // namespace
@@ -121,9 +150,59 @@ void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream) {
       return run<Fp16>(problem, stream);
     case Arithmetic::kTf32:
       return run<Tf32>(problem, stream);
-    case Arithmetic::kTf32x3:
-      return run<Tf32x3>(problem, stream);
+    case Arithmetic::kFp16x3:
+      return run<Fp16x3>(problem, stream);
+    case Arithmetic::kFp32:
+      break;  // is not fused
   }
+}
+
+ChunkedCopies chunked_copies(const PairwiseBCECuda& problem) {
+  const Workspace work(problem);
+  const auto* start = static_cast<unsigned char*>(problem.workspace);
+  auto place = [&](const Prepared& p) { return size_t(static_cast<unsigned char*>(p.z) - start); };
+  return {place(work.x), place(work.y), work.x.n_pad, work.y.n_pad, padded_width(problem)};
+}
+
+void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream) {
+  const Workspace work(problem);
+  const Prepare prepare = prepare_of(problem, work);
+  with_chunked(problem.arithmetic, [&](auto launch) { launch.prepare(prepare, stream); });
+}
+
+void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream) {
+  const Workspace work(problem);
+  Terms terms{};
+  terms.rows = work.x, terms.cols = work.y;
+  terms.pairs = pairs_of(problem);
+  terms.constants = problem.constants, terms.params = problem.params;
+  terms.products = products;
+  terms.row0 = row0, terms.n = n;
+  terms.grad = problem.dx || problem.dy;
+  terms.records = work.records + row0 / kChunkWarps;
+  with_chunked(problem.arithmetic, [&](auto launch) { launch.terms(terms, stream); });
+}
+
+void launch_chunked_finish(const PairwiseBCECuda& problem, Stream stream) {
+  const Workspace work(problem);
+  FinishRows finish{};
+  finish.rows = work.x, finish.cols = work.y;
+  finish.pairs = pairs_of(problem);
+  finish.results = {problem.constants, problem.params, problem.loss, problem.stats, problem.dparams};
+  finish.d = problem.d, finish.width = padded_width(problem);
+  finish.normalize = problem.normalize;
+  finish.loss = true;
+  finish.gradient_times = problem.y.data ? 1 : 2;
+  finish.grad = problem.dx;
+  finish.records = work.records, finish.n_records = work.n_records;
+  finish.ticket = work.tickets;
+  with_chunked(problem.arithmetic, [&](auto launch) { launch.finish(finish, stream); });
+  if (!problem.dy) return;
+  finish.rows = work.y, finish.cols = work.x;
+  finish.pairs.transposed = true;
+  finish.loss = false;
+  finish.grad = problem.dy;
+  with_chunked(problem.arithmetic, [&](auto launch) { launch.finish(finish, stream); });
 }
 
 }  // namespace mio_ext

@@ -2,35 +2,63 @@
 // Kernel launches of one arithmetic. A .cu file instantiates them, so that the four compile apart.
 #pragma once
 
+#include "pairwise_bce_chunked.cuh"
 #include "pairwise_bce_cuda.h"
 #include "pairwise_bce_kernel.cuh"
 
 namespace mio_ext {
 
 #if defined(__CUDACC__)
+// together: all blocks run at a time, and may wait for each other.
 template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream, const Params& params) {
+void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream, const Params& params,
+            bool together = false) {
   if (shared_bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  kernel<<<grid, threads, shared_bytes, stream>>>(params);
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = together;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &cooperative, config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, params);
 }
 #endif
 
 template <class A>
 struct Launch {
-  static void prepare(const Prepare& in, int sides, Stream stream);
-  // Finds the plan, launches. in.rows.n, in.cols.n and in.d decide; partial parts go to `scratch`, if there are any.
+  static void prepare(const Prepare& in, Stream stream);
+  // Finds the plan, launches; prepares first, if in.prepares. in.rows.n, in.cols.n and in.d decide; partial parts go to
+  // `scratch`, if there are any.
   static void sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream);
+};
+
+// Of the chunked path; instantiated in pairwise_bce_chunked.cu.
+template <class A>
+struct LaunchChunked {
+  static void prepare(const Prepare& in, Stream stream);
+  static void terms(const Terms& in, Stream stream);
+  static void finish(const FinishRows& in, Stream stream);
 };
 
 template <class A, int kWidth, bool kIds>
 void launch_sweep(Sweep in, int multiprocessors, float* scratch, Stream stream) {
   using T = Tile<A, kWidth>;
-  const Plan plan =
-      plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, multiprocessors * T::kBlocksPerMultiprocessor);
+  const int slices = in.grad ? T::kSlices : 1;
+  // One block a multiprocessor is there for certain, whatever else it needs.
+  const int together_blocks = multiprocessors / slices;
+  const bool together = in.prepares && in.rows.n <= kTogetherRows && in.cols.n <= kTogetherRows &&
+                        ceil_div(in.rows.n, T::kBlockM) <= together_blocks;
+  if (in.prepares && !together) Launch<A>::prepare(in.prepare, stream);
+  const int slots = together ? together_blocks : multiprocessors * T::kBlocksPerMultiprocessor / slices;
+  const Plan plan = plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, slots, together ? slots : 2 * slots);
+  in.prepares = together;
   in.splits = plan.splits;
   in.tiles_per_split = plan.tiles_per_split;
   in.partial = plan.splits > 1 ? scratch : in.grad;
-  launch(sweep_kernel<A, kWidth, kIds>, dim3(plan.row_blocks, plan.splits), T::kThreads, T::kSharedBytes, stream, in);
+  launch(sweep_kernel<A, kWidth, kIds>, dim3(plan.row_blocks, plan.splits, slices), T::kThreads, T::kSharedBytes,
+         stream, in, together);
 }
 
 template <class A, int kWidth>
@@ -40,9 +68,9 @@ void launch_width(const Sweep& in, int multiprocessors, float* scratch, Stream s
 }
 
 template <class A>
-void Launch<A>::prepare(const Prepare& in, int sides, Stream stream) {
-  const int rows = sides == 1 || in.out[0].n_pad > in.out[1].n_pad ? in.out[0].n_pad : in.out[1].n_pad;
-  launch(prepare_kernel<typename A::Element>, dim3(rows / kPrepareWarps, sides), 32 * kPrepareWarps, 0, stream, in);
+void Launch<A>::prepare(const Prepare& in, Stream stream) {
+  const int rows = in.sides == 1 || in.out[0].n_pad > in.out[1].n_pad ? in.out[0].n_pad : in.out[1].n_pad;
+  launch(prepare_kernel<A>, dim3(rows / kPrepareWarps, in.sides), 32 * kPrepareWarps, 0, stream, in);
 }
 
 template <class A>

@@ -4,9 +4,13 @@
 //
 // The copy is dense, aligned and padded with zeros, so the sweep needs no mask; each row is scaled by a power of
 // two to a largest element in [1, 2). That is exact, and it leaves of any norm a float32 factor in
-// [1 / sqrt(4 D), 1], which may pass through 16 bits. Without normalize rows are copied as they are.
+// [1 / sqrt(4 D), 1], which may pass through 16 bits. Without normalize rows are copied as they are, but for
+// float32 in halves, whose range is float16's.
 #pragma once
 
+#include <type_traits>
+
+#include "pairwise_bce_cuda.h"
 #include "pairwise_bce_tile.h"
 
 namespace mio_ext {
@@ -16,7 +20,7 @@ constexpr float kLog2e = 1.442695040888963f;
 
 // A side of the problem as prepare_kernel leaves it.
 struct Prepared {
-  void* z;             // [n_pad, width] of the features' type
+  void* z;             // [n_pad, parts, width] of what the tensor cores take
   float* inverse;      // [n_pad] the unit vector is z' inverse, for the copy z'; eq. (1)
   float* back;         // [n_pad] dL/dz = (I - z^ z^T) dL/dz^ back; eq. (10)
   float* half_norm;    // [n_pad] |z^|^2 / 2, for the distance in eq. (12)
@@ -55,6 +59,22 @@ struct Scales {
         weight_l(float(v.weight_l)) {}
 };
 
+// Adds a positive pair to the sums, from the product of its copies. What the column's copy weighs in the gradient
+// of the row's unit vector, eq. (7).
+MIO_DEVICE float add_positive(PairSums& out, float product, const Prepared& rows, int row, const Prepared& cols,
+                              int column, const Scales& scales) {
+  const float inverse = cols.inverse[column];
+  product *= inverse * rows.inverse[row];
+  const Term term(-(product * scales.p + scales.bias));
+  out.positive.count += 1;
+  out.positive.softplus += kLn2 * (term.relu + log2_1p(term.e));
+  out.positive.product += product;
+  out.positive.sigmoid += term.sigmoid;
+  out.positive.sigmoid_prod += term.sigmoid * product;
+  out.distance += rows.half_norm[row] + cols.half_norm[column] - product;
+  return -(scales.weight_p * term.sigmoid + scales.weight_l) * inverse;
+}
+
 // A scale that is not positive and finite means nothing: NaN, and the loss with it.
 MIO_DEVICE LossParams read_params(const LossParams& constants, const float* params) {
   LossParams v = constants;
@@ -78,10 +98,12 @@ constexpr int kPrepareWarps = 4;
 
 struct Prepare {
   Features features[2];
+  Features more;  // rows of side 0 from `first` on
+  int first;
   Prepared out[2];
+  int sides;
   int d, width;
   bool normalize;
-  bool tf32;          // round the copy to TF32
   unsigned* tickets;  // to be zeroed
   int n_tickets;
 };
@@ -92,21 +114,42 @@ MIO_DEVICE Float16 times_power(Float16 v, float power) {
 }
 MIO_DEVICE float times_power(float v, float power) { return v * power; }
 
-// A warp copies a row and makes its factors. Grid: [row blocks, sides].
-template <class Element>
-__global__ void __launch_bounds__(32 * kPrepareWarps) prepare_kernel(const Prepare in) {
-  const int lane = threadIdx.x % 32, row = blockIdx.x * kPrepareWarps + threadIdx.x / 32;
-  if (blockIdx.x == 0 && blockIdx.y == 0)
-    for (int i = threadIdx.x; i < in.n_tickets; i += blockDim.x) in.tickets[i] = 0;
-  const Features& from = in.features[blockIdx.y];
-  const Prepared& out = in.out[blockIdx.y];
-  if (row >= out.n_pad) return;
-  const Element* z = static_cast<const Element*>(from.data) + row * from.row_stride;
+// Feature f of a row of the copy, and back.
+template <class A>
+MIO_DEVICE void put_feature(typename A::Element* row, int f, int width, typename A::Feature v) {
+  if constexpr (A::kParts == 2) {
+    row[f] = Float16{uint16_t(pack(Float16{}, v, 0.0f))};
+    row[width + f] = Float16{uint16_t(pack(Float16{}, v - to_float(row[f]), 0.0f))};
+  } else if constexpr (std::is_same_v<A, Tf32>) {
+    row[f] = round_to_tf32(v);
+  } else {
+    row[f] = v;
+  }
+}
+template <class A>
+MIO_DEVICE float get_feature(const typename A::Element* row, int f, int width) {
+  float v = to_float(row[f]);
+  if constexpr (A::kParts == 2) {
+    v += to_float(row[width + f]);
+  }
+  return v;
+}
+
+// A warp copies a row and makes its factors.
+template <class A>
+MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
+  const int lane = threadIdx.x % 32;
+  const bool more = side == 0 && row >= in.first;
+  const Features& from = more ? in.more : in.features[side];
+  const Prepared& out = in.out[side];
+  using Feature = typename A::Feature;
+  using Element = typename A::Element;
+  const Feature* z = static_cast<const Feature*>(from.data) + int64_t(more ? row - in.first : row) * from.row_stride;
   const int d = row < out.n ? in.d : 0;
   auto load = [&](int f) { return z[f * from.col_stride]; };
 
   float power = 1;
-  if (in.normalize) {
+  if (in.normalize || A::kParts == 2) {
     uint32_t largest = 0;
     for (int f = lane; f < d; f += 32) {
       const uint32_t magnitude = bits_of(to_float(load(f))) & 0x7fffffffu;
@@ -121,22 +164,31 @@ __global__ void __launch_bounds__(32 * kPrepareWarps) prepare_kernel(const Prepa
     power = float_of(uint32_t(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
   }
   float norm2 = 0;
-  Element* copy = static_cast<Element*>(out.z) + int64_t(row) * in.width;
+  Element* copy = static_cast<Element*>(out.z) + int64_t(row) * in.width * A::kParts;
   for (int f = lane; f < in.width; f += 32) {
-    Element v{};
-    if (f < d) v = times_power(load(f), power);
-    if constexpr (sizeof(Element) == 4)
-      if (in.tf32) v = round_to_tf32(v);
-    copy[f] = v;
-    norm2 += to_float(v) * to_float(v);
+    put_feature<A>(copy, f, in.width, f < d ? times_power(load(f), power) : Feature{});
+    const float v = get_feature<A>(copy, f, in.width);
+    norm2 += v * v;
   }
   norm2 = sum_lanes<32>(norm2);
   if (lane != 0) return;
   const float norm = sqrtf(norm2), least = power * float(kNormEps);
-  const float inverse = in.normalize ? 1 / (norm > least || norm != norm ? norm : least) : 1;
+  const float inverse = in.normalize ? 1 / (norm > least || norm != norm ? norm : least) : 1 / power;
   out.inverse[row] = inverse;
   out.back[row] = in.normalize ? (norm <= least ? 0 : power / norm) : 1;
-  out.half_norm[row] = in.normalize ? 0.5f * (norm * inverse) * (norm * inverse) : 0.5f * norm2;
+  out.half_norm[row] = 0.5f * (norm * inverse) * (norm * inverse);
+}
+
+MIO_DEVICE void clear_tickets(const Prepare& in) {
+  for (int i = threadIdx.x; i < in.n_tickets; i += blockDim.x) in.tickets[i] = 0;
+}
+
+// Grid: [row blocks, sides].
+template <class A>
+__global__ void __launch_bounds__(32 * kPrepareWarps) prepare_kernel(const Prepare in) {
+  if (blockIdx.x == 0 && blockIdx.y == 0) clear_tickets(in);
+  const int row = blockIdx.x * kPrepareWarps + threadIdx.x / 32;
+  if (row < in.out[blockIdx.y].n_pad) prepare_row<A>(in, blockIdx.y, row);
 }
 
 // ---------------------------------------------------------------- sums over a block, in one order

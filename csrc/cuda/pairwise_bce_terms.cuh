@@ -79,11 +79,12 @@ struct NegativeTerms {
     for (int f = 0; f < F; ++f) {
       float relu = 0, p = 0;
       int positive[2], own[2];
-      if constexpr (kCrossed)
+      if constexpr (kCrossed) {  // braces: without them nvcc 13.0 leaves out the loop that follows
         for (int h = 0; h < 2; ++h) {
           positive[h] = pairs.positive(row0 + 16 * f + 8 * h);
           own[h] = pairs.own(row0 + 16 * f + 8 * h);
         }
+      }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const float2 factor = load_shared_pair(factors + (8 * n + column) * 4);
@@ -105,9 +106,13 @@ struct NegativeTerms {
             sigmoid_product[f][h] += term.sigmoid * v;
           }
         }
-        if constexpr (kLoss) p = times_1p(p, times_1p(times_1p(e[0], e[1]), times_1p(e[2], e[3])));
+        if constexpr (kLoss) {
+          p = times_1p(p, times_1p(times_1p(e[0], e[1]), times_1p(e[2], e[3])));
+        }
       }
-      if constexpr (kLoss) softplus.add(relu, p);
+      if constexpr (kLoss) {
+        softplus.add(relu, p);
+      }
     }
   }
 
@@ -127,42 +132,64 @@ struct NegativeTerms {
   }
 };
 
-// With ids any pair may be positive. Coefficients are d loss / d (x.y) over `unit`, the largest of them.
+// Sums of one thread over pairs of one class.
+struct ThreadSums {
+  SoftplusSum softplus;
+  float product = 0, sigmoid = 0, sigmoid_product = 0;
+  int count = 0;
+
+  // All but the softplus, which goes by groups.
+  MIO_DEVICE void add(const Term& term, float of) {
+    count += 1;
+    product += of;
+    sigmoid += term.sigmoid;
+    sigmoid_product += term.sigmoid * of;
+  }
+  MIO_DEVICE void to(ClassSums& out) const {
+    out.count = count;
+    out.softplus = softplus.total();
+    out.product = product;
+    out.sigmoid = sigmoid;
+    out.sigmoid_prod = sigmoid_product;
+  }
+};
+
+// Coefficients with ids: d loss / d (x.y) over `unit`, the largest of them.
+struct LabelledWeights {
+  float unit, p, n, l;
+  MIO_DEVICE explicit LabelledWeights(const Scales& s) : unit(unit_of(s)) {
+    const float over = unit > 0 ? 1 / unit : unit == 0 ? 0 : unit;
+    p = -s.weight_p * over, n = s.weight_n * over, l = -s.weight_l * over;
+  }
+  MIO_DEVICE static float unit_of(const Scales& s) {
+    return fmaxf(fabsf(s.weight_p) + fabsf(s.weight_l), fabsf(s.weight_n));
+  }
+};
+
+// With ids any pair may be positive.
 template <class A, int F>
 struct LabelledTerms {
-  struct Class {
-    SoftplusSum softplus;
-    float product = 0, sigmoid = 0, sigmoid_product = 0;
-    int count = 0;
-  };
-  float inverse[F][2], half_norm[F][2];
+  float inverse[F][2];
   int64_t id[F][2];
-  Class positive, negative;
+  ThreadSums positive, negative;
   float distance = 0;
   Scales scales;
-  float grad_p, grad_n, grad_l;
+  LabelledWeights weights;
   const Prepared &rows, &cols;
 
   MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales)
-      : scales(scales), rows(rows), cols(cols) {
-    const float unit = unit_of(scales);
-    const float over = unit > 0 ? 1 / unit : unit == 0 ? 0 : unit;
-    grad_p = -scales.weight_p * over, grad_n = scales.weight_n * over, grad_l = -scales.weight_l * over;
+      : scales(scales), weights(scales), rows(rows), cols(cols) {
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row0 + 16 * f + 8 * h;
         inverse[f][h] = rows.inverse[row] / A::kLift;
-        half_norm[f][h] = rows.half_norm[row];
         id[f][h] = row < rows.n ? rows.ids[row] : 0;
       }
   }
 
-  MIO_DEVICE static float unit_of(const Scales& s) {
-    return fmaxf(fabsf(s.weight_p) + fabsf(s.weight_l), fabsf(s.weight_n));
-  }
-  MIO_DEVICE static float acc_weight(const Scales& scales) { return unit_of(scales) / A::kLift; }
+  MIO_DEVICE static float acc_weight(const Scales& scales) { return LabelledWeights::unit_of(scales) / A::kLift; }
 
   // As in NegativeTerms, for every tile.
   template <int N>
@@ -176,7 +203,7 @@ struct LabelledTerms {
       for (int j = 0; j < 2; ++j) {
         const int col = col0 + 8 * n + column + j;
         const int64_t col_id = col < cols.n ? cols.ids[col] : 0;
-        const float col_half_norm = cols.half_norm[col], c = (j ? factor.y : factor.x) * A::kLift;
+        const float c = (j ? factor.y : factor.x) * A::kLift;
 #pragma unroll
         for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -188,14 +215,14 @@ struct LabelledTerms {
             const float product = at * c * inverse[f][h];
             const Term term(keep ? (same ? -(product * scales.p + scales.bias) : product * scales.n + scales.bias)
                                  : -float_of(0x7f800000u));
-            at = keep ? (same ? term.sigmoid * grad_p + grad_l : term.sigmoid * grad_n) * c : 0.0f;
+            at = keep ? (same ? term.sigmoid * weights.p + weights.l : term.sigmoid * weights.n) * c : 0.0f;
             if (same) {
               relu_p += term.relu, p_p = times_1p(p_p, term.e);
-              add(positive, term, product);
-              distance += half_norm[f][h] + col_half_norm - product;
+              positive.add(term, product);
+              distance += rows.half_norm[row] + cols.half_norm[col] - product;
             } else if (keep) {
               relu_n += term.relu, p_n = times_1p(p_n, term.e);
-              add(negative, term, product);
+              negative.add(term, product);
             }
           }
       }
@@ -206,25 +233,10 @@ struct LabelledTerms {
 
   MIO_DEVICE void total(double (&sums)[kSums]) const {
     PairSums out;
-    to_sums(positive, out.positive);
-    to_sums(negative, out.negative);
+    positive.to(out.positive);
+    negative.to(out.negative);
     out.distance = distance;
     to_array(out, sums);
-  }
-
- private:
-  static MIO_DEVICE void add(Class& c, const Term& term, float product) {
-    c.count += 1;
-    c.product += product;
-    c.sigmoid += term.sigmoid;
-    c.sigmoid_product += term.sigmoid * product;
-  }
-  static MIO_DEVICE void to_sums(const Class& c, ClassSums& out) {
-    out.count = c.count;
-    out.softplus = c.softplus.total();
-    out.product = c.product;
-    out.sigmoid = c.sigmoid;
-    out.sigmoid_prod = c.sigmoid_product;
   }
 };
 

@@ -12,24 +12,35 @@ namespace mio_ext {
 
 MIO_HOST_DEVICE constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
-// What multiplies: the type of the features as the tensor cores see it. kLift raises the coefficients of the
-// second product, at most 1 in magnitude, from float16's floor.
+// What multiplies: the features as they come, and what the tensor cores take for one, kParts Elements. kLift
+// raises the coefficients of the second product, at most 1 in magnitude, from float16's floor.
 struct Bf16 {
+  using Feature = Bfloat16;
   using Element = Bfloat16;
+  static constexpr int kParts = 1;
   static constexpr float kLift = 1;
 };
 struct Fp16 {
+  using Feature = Float16;
   using Element = Float16;
+  static constexpr int kParts = 1;
   static constexpr float kLift = 32768;
 };
 struct Tf32 {
-  using Element = float;
+  using Feature = float;
+  using Element = float;  // rounded; the tensor cores would cut off
+  static constexpr int kParts = 1;
   static constexpr float kLift = 1;
-  static constexpr bool kRound = true;  // operands to TF32; the tensor cores would cut them off
 };
-// float32 as the sum of two TF32 numbers: three products.
-struct Tf32x3 : Tf32 {
-  static constexpr bool kRound = false;
+// For a library, which does as it is told.
+struct Fp32 : Tf32 {};
+// float32 as the sum of two float16 numbers, the larger first: three products. Rows and coefficients are scaled
+// by powers of two, which brings them into float16's range.
+struct Fp16x3 {
+  using Feature = float;
+  using Element = Float16;
+  static constexpr int kParts = 2;
+  static constexpr float kLift = 1;
 };
 
 // A block of four warps owns kBlockM rows, kRowFragments x 16 to a warp, and goes over tiles of kBlockN columns.
@@ -39,7 +50,14 @@ struct Tf32x3 : Tf32 {
 template <class Arithmetic, int kWidth_>
 struct Tile {
   static constexpr int kWidth = kWidth_;  // features, padded
-  static constexpr int kBytes = sizeof(typename Arithmetic::Element);
+  // A block makes the gradient of this many features. Halves of 256 would not fit in registers: there the sweep is
+  // done twice.
+  static constexpr int kSlice = Arithmetic::kParts == 2 && kWidth == 256 ? 128 : kWidth;
+  static constexpr int kSlices = kWidth / kSlice;
+  static constexpr int kParts = Arithmetic::kParts;
+  static constexpr int kPartBytes = kWidth * int(sizeof(typename Arithmetic::Element));
+  static constexpr int kRowBytes = kParts * kPartBytes;  // the larger parts of all features, then the smaller
+  static constexpr int kBytes = kRowBytes / kWidth;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRowFragments = kBytes == 2 && kWidth <= 128 ? 2 : 1;
@@ -48,8 +66,7 @@ struct Tile {
   static constexpr int kStages = kBytes == 2 ? 3 : 2;
   static constexpr int kBlocksPerMultiprocessor = 2;
 
-  static constexpr int kRowBytes = kWidth * kBytes;
-  static constexpr int kSteps = kRowBytes / 32;  // of a matrix instruction along the features
+  static constexpr int kSteps = kPartBytes / 32;  // of a matrix instruction along the features
   static constexpr int kFactorsAt = kBlockN * kRowBytes;
   static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 127) / 128 * 128;  // swizzled() needs the 128
   static constexpr int kColumnsAt = kBlockM * kRowBytes;                            // the rows come first
@@ -106,17 +123,18 @@ struct Plan {
 };
 constexpr int64_t kSplitBytes = 16 << 20;  // that partial gradients may take
 
-// slots: blocks that run at a time.
-inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int slots) {
+// slots: blocks that run at a time; most_blocks: there may be, unless one split has more.
+inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int slots, int most_blocks) {
   const int row_blocks = ceil_div(rows, block_m), tiles = ceil_div(cols, block_n);
   int64_t most = kSplitBytes / (int64_t(rows) * d * 4);
-  if (most > 2 * slots / row_blocks) most = 2 * slots / row_blocks;
+  if (most > most_blocks / row_blocks) most = most_blocks / row_blocks;
   if (most > tiles) most = tiles;
   int best = 1;
   double best_time = 0;
   for (int splits = 1; splits == 1 || splits <= most; ++splits) {
-    // A wave takes its share of the columns; a split costs its partial gradient, a few tiles' worth.
-    const double time = ceil_div(row_blocks * splits, slots) * (double(tiles) / splits + 4);
+    // In tiles' worth: a wave takes its share of the columns and writes its part of the gradient; the last block of
+    // a row block reads them all.
+    const double time = ceil_div(row_blocks * splits, slots) * (double(tiles) / splits + 4) + splits;
     if (splits == 1 || time < best_time) best = splits, best_time = time;
   }
   const int tiles_per_split = ceil_div(tiles, best);

@@ -2,5 +2,5 @@
 #include "pairwise_bce_launch.cuh"
 
 namespace mio_ext {
-template struct Launch<Tf32x3>;
+template struct Launch<Fp16x3>;
 }

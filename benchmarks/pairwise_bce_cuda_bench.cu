@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// Microbenchmark of the fused CUDA kernels, without torch: the MIO step at one size in every arithmetic, its rate,
+// and its share of the floor (docs/cuda.md): matrix products, special functions and bytes, whichever takes longest.
+//
+//   pairwise_bce_cuda_bench [--n rows] [--d features] [--repeat times]
+//
+// Every launch takes the next of several copies of all memory, together larger than the cache, so that nothing is
+// found there. CUDA events around each; median, 20 % and 80 %.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cuda/pairwise_bce_cuda.h"
+
+namespace {
+
+using namespace mio_ext;
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "pairwise_bce_cuda_bench: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+
+int attribute(cudaDeviceAttr which) {
+  int value = 0, device = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+struct Kind {
+  Arithmetic arithmetic;
+  const char* name;
+  int bytes;
+  double products;  // of 16-bit operands that one multiply-add costs
+};
+constexpr Kind kKinds[] = {{Arithmetic::kBf16, "bf16", 2, 1},
+                           {Arithmetic::kFp16, "fp16", 2, 1},
+                           {Arithmetic::kTf32, "tf32", 4, 2},
+                           {Arithmetic::kFp16x3, "fp16x3", 4, 3}};
+
+// One copy of all the memory of a step.
+struct Step {
+  PairwiseBCECuda problem{};
+  size_t bytes = 0;
+
+  Step(const Kind& kind, int n, int d, const std::vector<unsigned char>& features) {
+    problem.arithmetic = kind.arithmetic;
+    problem.m = problem.k = problem.x_rows = n;
+    problem.d = d;
+    problem.shift = n / 2;
+    problem.exclude_self = problem.normalize = true;
+    problem.constants = {2, 2, 0, 1.0 / n, 1.0 / (double(n) * (n - 2)), 2.0 / (double(n) * d)};
+    problem.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+    void* x = take(features.size());
+    check(cudaMemcpy(x, features.data(), features.size(), cudaMemcpyHostToDevice));
+    problem.x = {x, d, 1};
+    problem.loss = static_cast<float*>(take(4));
+    problem.stats = static_cast<double*>(take(64));
+    problem.dx = static_cast<float*>(take(size_t(n) * d * 4));
+    problem.workspace = take(workspace_bytes(problem));
+  }
+
+ private:
+  void* take(size_t size) {
+    void* p = nullptr;
+    check(cudaMalloc(&p, size));
+    bytes += size;
+    return p;
+  }
+};
+
+std::vector<unsigned char> random_features(const Kind& kind, int n, int d) {
+  std::mt19937 generator(0);
+  std::normal_distribution<float> normal;
+  std::vector<unsigned char> raw(size_t(n) * d * kind.bytes);
+  for (size_t i = 0; i < size_t(n) * d; ++i) {
+    const float v = normal(generator);
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    uint16_t half = uint16_t(bits >> 16);  // bfloat16, cut off
+    if (kind.arithmetic == Arithmetic::kFp16) {
+      const _Float16 h = _Float16(v);
+      std::memcpy(&half, &h, 2);
+    }
+    std::memcpy(&raw[i * kind.bytes], kind.bytes == 4 ? static_cast<const void*>(&v) : &half, kind.bytes);
+  }
+  return raw;
+}
+
+// Seconds at best; 0 where the device's rates are not known.
+double floor_of(const Kind& kind, double n, double d, bool grad) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  const double fma = major == 9 ? 2048 : major == 8 && minor == 0 ? 1024 : 0;  // 16-bit, a clock and multiprocessor
+  if (fma == 0) return 0;
+  const double clock = attribute(cudaDevAttrClockRate) * 1e3 * attribute(cudaDevAttrMultiProcessorCount);
+  const double units = grad ? (kind.arithmetic == Arithmetic::kFp16x3 && d > 128 ? 3 : 2) : 1;
+  const double matrix = units * n * n * d * kind.products / (fma * clock), special = 2 * n * n / (16 * clock);
+  return std::max(matrix, special);
+}
+
+void measure(const Kind& kind, int n, int d, int repeat) {
+  const std::vector<unsigned char> features = random_features(kind, n, d);
+  const size_t cache = size_t(attribute(cudaDevAttrL2CacheSize));
+  std::vector<Step> steps;
+  do steps.emplace_back(kind, n, d, features);
+  while (steps.size() < 2 || (steps.size() - 1) * (steps[0].bytes - (size_t(16) << 20)) < 2 * cache);
+  cudaEvent_t start, end;
+  check(cudaEventCreate(&start)), check(cudaEventCreate(&end));
+  for (const bool grad : {true, false}) {
+    std::vector<float> times;
+    for (int i = -3; i < repeat; ++i) {
+      PairwiseBCECuda problem = steps[size_t(i + 3) % steps.size()].problem;
+      if (!grad) problem.dx = nullptr;
+      check(cudaEventRecord(start));
+      launch_pairwise_bce(problem, nullptr);
+      check(cudaEventRecord(end));
+      check(cudaGetLastError());
+      check(cudaEventSynchronize(end));
+      float milliseconds = 0, loss = 0;
+      check(cudaEventElapsedTime(&milliseconds, start, end));
+      check(cudaMemcpy(&loss, problem.loss, 4, cudaMemcpyDeviceToHost));
+      if (!std::isfinite(loss)) std::fprintf(stderr, "pairwise_bce_cuda_bench: the loss is %f\n", loss), std::exit(1);
+      if (i >= 0) times.push_back(milliseconds);  // the first three are warm-up
+    }
+    std::sort(times.begin(), times.end());
+    const double t = times[times.size() / 2] * 1e-3, least = floor_of(kind, n, d, grad);
+    std::printf("%-7s %-18s %9.4f ms (%.4f to %.4f)  %7.1f TFLOP/s", kind.name,
+                grad ? "loss and gradient" : "loss only", t * 1e3, times[times.size() / 5], times[times.size() * 4 / 5],
+                (grad ? 2 : 1) * 2.0 * n * n * d / t * 1e-12);
+    if (least > 0) std::printf("  floor %.4f ms, %.0f %% of it", least * 1e3, 100 * least / t);
+    std::printf("\n");
+  }
+  for (const Step& step : steps)
+    for (void* p :
+         {const_cast<void*>(step.problem.x.data), static_cast<void*>(step.problem.loss),
+          static_cast<void*>(step.problem.stats), static_cast<void*>(step.problem.dx), step.problem.workspace})
+      check(cudaFree(p));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int n = 65536, d = 128, repeat = 20;
+  bool good = argc % 2 == 1;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    int* to = !std::strcmp(argv[i], "--n")        ? &n
+              : !std::strcmp(argv[i], "--d")      ? &d
+              : !std::strcmp(argv[i], "--repeat") ? &repeat
+                                                  : nullptr;
+    good = good && to;
+    if (to) *to = std::atoi(argv[i + 1]);
+  }
+  if (!good || n < 4 || n % 2 || d < 1 || d > kMaxFusedFeatures || repeat < 1) {
+    std::fprintf(stderr, "usage: pairwise_bce_cuda_bench [--n even] [--d up to %d] [--repeat times]\n",
+                 kMaxFusedFeatures);
+    return 2;
+  }
+  cudaDeviceProp device{};
+  check(cudaGetDeviceProperties(&device, 0));
+  std::printf("%s, N = %d, D = %d, MIO\n", device.name, n, d);
+  for (const Kind& kind : kKinds) measure(kind, n, d, repeat);
+}

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "pairwise_bce_chunked.cuh"
+
+#include "pairwise_bce_launch.cuh"
+
+namespace mio_ext {
+
+template <class A>
+void LaunchChunked<A>::prepare(const Prepare& in, Stream stream) {
+  Launch<A>::prepare(in, stream);
+}
+
+template <class A>
+void LaunchChunked<A>::terms(const Terms& in, Stream stream) {
+  launch(in.rows.ids ? terms_kernel<A, true> : terms_kernel<A, false>, dim3(ceil_div(in.n, kChunkWarps)),
+         32 * kChunkWarps, kChunkShared, stream, in);
+}
+
+template <class A>
+void LaunchChunked<A>::finish(const FinishRows& in, Stream stream) {
+  launch(in.rows.ids ? finish_kernel<A, true> : finish_kernel<A, false>, dim3(ceil_div(in.rows.n, kChunkWarps)),
+         32 * kChunkWarps, kChunkShared, stream, in);
+}
+
+extern template struct Launch<Bf16>;
+extern template struct Launch<Fp16>;
+template struct LaunchChunked<Bf16>;
+template struct LaunchChunked<Fp16>;
+template struct LaunchChunked<Fp32>;
+
+}  // namespace mio_ext

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// The chunked path's kernels, for rows too wide to keep their gradient in registers. A library multiplies a chunk of
+// rows with all columns; terms_kernel turns these products, where they lie, into loss and coefficients; a library
+// multiplies those with the columns and the rows; finish_kernel adds the positive pairs and eq. (10).
+//
+// The coefficients carry both sides' norms, so that one matrix serves dx and dy; finish_kernel takes the row's own
+// back out. Without ids the positive pair has coefficient 0, as in the fused path: its weight, N times that of a
+// negative pair, would leave nothing of these in 16 bits.
+#pragma once
+
+#include "pairwise_bce_terms.cuh"
+
+namespace mio_ext {
+
+constexpr int kChunkWarps = 8;  // of a block; a warp has a row
+
+struct Terms {
+  Prepared rows, cols;
+  Pairs pairs;
+  LossParams constants;
+  const float* params;
+  float* products;  // [n, cols.n_pad]; coefficients begin where their row does, in the features' type
+  int row0, n;      // the chunk
+  bool grad;
+  PairSums* records;  // [ceil(n / kChunkWarps)]
+};
+
+// Four coefficients side by side.
+MIO_DEVICE void store_four(float* to, const float (&g)[4]) {
+  *reinterpret_cast<float4*>(to) = {g[0], g[1], g[2], g[3]};
+}
+template <class Element>
+MIO_DEVICE void store_four(Element* to, const float (&g)[4]) {
+  *reinterpret_cast<uint2*>(to) = {pack(Element{}, g[0], g[1]), pack(Element{}, g[2], g[3])};
+}
+
+// One row of products, and its sums in one thread of the warp that has it.
+template <class A, bool kIds>
+struct RowTerms {
+  static constexpr int kGroup = 4;  // of 128 columns, read at once
+  const Terms& in;
+  const Scales scales;
+  const LabelledWeights weights;
+  const int row, positive_col, own_col;
+  const float inverse = in.rows.inverse[row];
+  const int64_t id = kIds ? in.rows.ids[row] : 0;
+  ThreadSums positive, negative;
+  float distance = 0;
+
+  MIO_DEVICE RowTerms(const Terms& in, int row)
+      : in(in),
+        scales(read_params(in.constants, in.params)),
+        weights(scales),
+        row(row),
+        positive_col(in.pairs.positive(row)),
+        own_col(in.pairs.own(row)) {}
+
+  MIO_DEVICE void sweep(float* products) {
+    const int lane = threadIdx.x % 32;
+    auto* coefficients = reinterpret_cast<typename A::Element*>(products);
+    for (int group = 0; group < in.cols.n_pad; group += 128 * kGroup) {
+      float4 s[kGroup];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const int col = group + 128 * i + 4 * lane;
+        if (col < in.cols.n_pad) s[i] = *reinterpret_cast<const float4*>(products + col);
+      }
+      sync_warp();  // 16-bit coefficients of this group may lie where the warp has just read
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const int col = group + 128 * i + 4 * lane;
+        if (col >= in.cols.n_pad) continue;
+        float g[4] = {s[i].x, s[i].y, s[i].z, s[i].w};
+        four(g, col);
+        if (in.grad) store_four(coefficients + col, g);
+      }
+    }
+  }
+
+  MIO_DEVICE void total(double (&sums)[kSums]) const {
+    PairSums out;
+    positive.to(out.positive);
+    negative.to(out.negative);
+    if (!kIds) out.negative.count = 0;  // finish_kernel counts
+    out.distance = distance;
+    to_array(out, sums);
+  }
+
+ private:
+  MIO_DEVICE void four(float (&s)[4], int col0) {
+    const float4 factors = *reinterpret_cast<const float4*>(in.cols.inverse + col0);
+    const float factor[4] = {factors.x, factors.y, factors.z, factors.w};
+    float relu_p = 0, relu_n = 0, p_p = 0, p_n = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int col = col0 + i;
+      const float both = factor[i] * inverse, product = s[i] * both;
+      bool keep = col < in.cols.n && col != own_col, same = false;
+      if constexpr (kIds) {
+        same = keep && in.cols.ids[col] == id;
+      } else {
+        keep = keep && col != positive_col;
+      }
+      const Term term(same ? -(product * scales.p + scales.bias) : product * scales.n + scales.bias);
+      s[i] = 0;
+      if (same) {
+        relu_p += term.relu, p_p = times_1p(p_p, term.e);
+        positive.add(term, product);
+        distance += in.rows.half_norm[row] + in.cols.half_norm[col] - product;
+        s[i] = (term.sigmoid * weights.p + weights.l) * both * A::kLift;
+      } else if (keep) {
+        relu_n += term.relu, p_n = times_1p(p_n, term.e);
+        negative.add(term, product);
+        s[i] = term.sigmoid * (kIds ? weights.n : 1.0f) * both * A::kLift;
+      }
+    }
+    if constexpr (kIds) {
+      positive.softplus.add(relu_p, p_p);
+    }
+    negative.softplus.add(relu_n, p_n);
+  }
+};
+
+template <int kWarps>
+MIO_DEVICE void write_record(const double (&sums)[kSums], PairSums* to) {
+  auto* scratch = reinterpret_cast<double*>(shared_memory());
+  auto* total = reinterpret_cast<PairSums*>(scratch + kWarps * kSums);
+  block_total<kWarps>(sums, scratch, total);
+  if (threadIdx.x < kSums) fields(to)[threadIdx.x] = fields(total)[threadIdx.x];
+}
+constexpr int kChunkShared = (kChunkWarps + 1) * int(sizeof(PairSums)) + 8;  // what write_record() takes, and a flag
+
+// Grid: [ceil(n / kChunkWarps)].
+template <class A, bool kIds>
+__global__ void __launch_bounds__(32 * kChunkWarps) terms_kernel(const Terms in) {
+  const int local = blockIdx.x * kChunkWarps + threadIdx.x / 32;
+  double sums[kSums] = {};
+  if (local < in.n) {  // the same for a whole warp
+    RowTerms<A, kIds> terms(in, in.row0 + local);
+    terms.sweep(in.products + int64_t(local) * in.cols.n_pad);
+    terms.total(sums);
+  }
+  write_record<kChunkWarps>(sums, in.records + blockIdx.x);
+}
+
+struct FinishRows {
+  Prepared rows, cols;
+  Pairs pairs;
+  Results results;
+  int d, width;
+  bool normalize;
+  bool loss;             // add up the loss too
+  float gradient_times;  // as in Sweep
+  float* grad;           // [n, d] the library's product, in place; or nullptr
+  PairSums* records;     // [n_records], the last of which are written here
+  int n_records;
+  unsigned* ticket;  // zero
+};
+
+// A warp finishes a row.
+template <class A, bool kIds>
+MIO_DEVICE void finish_row(const FinishRows& in, const Scales& scales, int row, PairSums& out) {
+  using Element = typename A::Element;
+  const int lane = threadIdx.x % 32;
+  const Element* z = static_cast<const Element*>(in.rows.z) + int64_t(row) * in.width;
+  const Element* partner = z;
+  float weight = 0;
+  if constexpr (!kIds) {
+    const int column = in.pairs.positive(row);
+    if (column >= 0) {
+      partner = static_cast<const Element*>(in.cols.z) + int64_t(column) * in.width;
+      float product = 0;
+      for (int f = lane; f < in.d; f += 32) product += to_float(z[f]) * to_float(partner[f]);
+      weight = add_positive(out, sum_lanes<32>(product), in.rows, row, in.cols, column, scales);
+    }
+    out.negative.count += in.cols.n - (column >= 0) - (in.pairs.own(row) >= 0);
+  }
+  if (!in.grad) return;
+  const float inverse = in.rows.inverse[row], back = in.rows.back[row] * in.gradient_times;
+  const float times = (kIds ? LabelledWeights::unit_of(scales) : scales.weight_n) / (A::kLift * inverse);
+  float* grad = in.grad + int64_t(row) * in.d;
+  float dot = 0;
+  for (int f = lane; f < in.d; f += 32) {
+    const float g = grad[f] * times + weight * to_float(partner[f]);
+    dot += g * (to_float(z[f]) * inverse);
+    grad[f] = in.normalize ? g : g * back;
+  }
+  if (!in.normalize) return;
+  dot = sum_lanes<32>(dot);
+  for (int f = lane; f < in.d; f += 32) grad[f] = (grad[f] - dot * (to_float(z[f]) * inverse)) * back;  // (10)
+}
+
+// Grid: [ceil(rows.n / kChunkWarps)].
+template <class A, bool kIds>
+__global__ void __launch_bounds__(32 * kChunkWarps) finish_kernel(const FinishRows in) {
+  const Scales scales(read_params(in.results.constants, in.results.params));
+  const int row = blockIdx.x * kChunkWarps + threadIdx.x / 32;
+  PairSums out;
+  if (row < in.rows.n) finish_row<A, kIds>(in, scales, row, out);
+  if (!in.loss) return;
+  if (threadIdx.x % 32 != 0) out = PairSums();  // all lanes have the same
+  double sums[kSums];
+  to_array(out, sums);
+  write_record<kChunkWarps>(sums, in.records + in.n_records - gridDim.x + blockIdx.x);
+  auto* scratch = reinterpret_cast<double*>(shared_memory());
+  auto* total = reinterpret_cast<PairSums*>(scratch + kChunkWarps * kSums);
+  if (last_to_arrive(in.ticket, gridDim.x, reinterpret_cast<unsigned*>(total + 1)))
+    sum_records<kChunkWarps>(in.records, in.n_records, in.results, scratch, total);
+}
+
+}  // namespace mio_ext

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// The op on tensors of any device whose kernels are linked: allocate, choose the path, launch. pairwise_bce.cpp has
+// it run on a GPU; the tests, on the CPU with the kernels in an emulator. Nothing here waits for the device.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../check_inputs.h"
+#include "pairwise_bce_cuda.h"
+
+namespace mio_ext {
+
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Bytes of a chunk's products, which bound the chunked path's memory.
+constexpr int64_t kChunkBytes = int64_t(512) << 20;
+
+// float32 as torch.set_float32_matmul_precision() says: "highest" is not TF32.
+inline Arithmetic arithmetic_of(at::ScalarType type, int64_t d) {
+  if (type == at::kBFloat16) return Arithmetic::kBf16;
+  if (type == at::kHalf) return Arithmetic::kFp16;
+  if (d > kMaxFusedFeatures) return Arithmetic::kFp32;
+  // The setting's own getter fails once someone has used torch.backends.cuda.matmul.fp32_precision.
+  const bool tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                    at::Float32Precision::TF32;
+  return tf32 ? Arithmetic::kTf32 : Arithmetic::kFp16x3;
+}
+
+inline void check_supported(const at::Tensor& x, const std::optional<at::Tensor>& y,
+                            const std::optional<at::Tensor>& x2) {
+  TORCH_CHECK_TYPE(
+      x.scalar_type() != at::kDouble,
+      "pairwise_bce: backend 'cuda' takes float32, bfloat16 and float16, got float64; use backend='triton' "
+      "or 'reference'");
+  const int64_t m = x.size(0) + (x2 ? x2->size(0) : 0);
+  TORCH_CHECK_VALUE(m <= kMaxRows && (!y || y->size(0) <= kMaxRows), "pairwise_bce: backend 'cuda' takes up to ",
+                    kMaxRows, " rows, got ", m, y ? " and " : "", y ? std::to_string(y->size(0)) : "");
+}
+
+// out = a b, or out += a b, in out's type, which for 16-bit operands is float32.
+inline void product_into(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+  if (a.scalar_type() == out.scalar_type())
+    accumulate ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
+  else if (a.is_cuda())
+    accumulate ? at::addmm_out(out, out, a, b, out.scalar_type()) : at::mm_out(out, a, b, out.scalar_type());
+  else  // no such product on the CPU
+    product_into(out, a.to(out.scalar_type()), b.to(out.scalar_type()), accumulate);
+}
+
+// Memory of O(chunk K). Units of 2 M K D operations: 2 without y, else 1 and one for each gradient.
+inline void run_chunked(const PairwiseBCECuda& problem, const at::Tensor& workspace, at::ScalarType type,
+                        const at::Tensor& dx, const at::Tensor& dy, int64_t chunk_bytes, Stream stream) {
+  const ChunkedCopies copies = chunked_copies(problem);
+  auto copy = [&](size_t start, int64_t rows) {
+    const int64_t bytes = rows * copies.width * int64_t(at::elementSize(type));
+    return workspace.narrow(0, int64_t(start), bytes).view(type).view({rows, copies.width});
+  };
+  const at::Tensor x = copy(copies.x, copies.m_pad), y = copy(copies.y, copies.k_pad);
+  const int64_t fit = chunk_bytes / (int64_t(copies.k_pad) * 4) / kChunkMultiple * kChunkMultiple;
+  const int64_t chunk = std::min<int64_t>(std::max<int64_t>(fit, kChunkMultiple), copies.m_pad);
+  const at::Tensor products = at::empty({chunk, copies.k_pad}, workspace.options().dtype(at::kFloat));
+  const at::Tensor coefficients = products.view(type).narrow(1, 0, copies.k_pad);
+  launch_chunked_prepare(problem, stream);
+  for (int64_t row0 = 0; row0 < problem.m; row0 += chunk) {
+    const int64_t n = std::min(chunk, problem.m - row0);
+    const at::Tensor rows = x.narrow(0, row0, n), g = coefficients.narrow(0, 0, n);
+    product_into(products.narrow(0, 0, n), rows, y.t(), false);  // (2), but for the norms
+    launch_chunked_terms(problem, products.mutable_data_ptr<float>(), int(row0), int(n), stream);
+    if (problem.dx) product_into(dx.narrow(0, row0, n), g, y.narrow(1, 0, problem.d), false);  // (9)
+    if (problem.dy) product_into(dy, g.narrow(1, 0, problem.k).t(), rows.narrow(1, 0, problem.d), row0 > 0);
+  }
+  launch_chunked_finish(problem, stream);
+}
+
+// The op; csrc/ops.cpp says what the arguments mean.
+inline Outputs run_pairwise_bce(const at::Tensor& x, const std::optional<at::Tensor>& y,
+                                const std::optional<at::Tensor>& x_ids, const std::optional<at::Tensor>& y_ids,
+                                const std::optional<at::Tensor>& params, at::ArrayRef<double> constants, int64_t shift,
+                                int64_t offset, bool exclude_self, bool normalize, std::array<bool, 3> needs_grad,
+                                const std::optional<at::Tensor>& x2, int multiprocessors, int64_t chunk_bytes,
+                                Stream stream) {
+  using at::Tensor;
+  const auto options = x.options().dtype(at::kFloat);
+  const Tensor row_ids = x_ids ? x_ids->contiguous() : Tensor(), col_ids = y_ids ? y_ids->contiguous() : Tensor();
+  const Tensor numbers = params ? params->contiguous() : Tensor();
+  auto wanted = [&](bool needs, at::IntArrayRef sizes) {
+    return at::empty(needs ? sizes : at::IntArrayRef{0}, options);
+  };
+  const Tensor loss = at::empty({}, options), stats = at::empty({8}, options.dtype(at::kDouble));
+  const int64_t m = x.size(0) + (x2 ? x2->size(0) : 0), d = x.size(1);
+  const Tensor dx = wanted(needs_grad[0], {m, d}), dy = wanted(needs_grad[1], {y ? y->size(0) : 0, d});
+  const Tensor dparams = wanted(needs_grad[2], {6});
+
+  auto features = [](const Tensor& t) { return Features{t.const_data_ptr(), t.stride(0), t.stride(1)}; };
+  PairwiseBCECuda problem{};
+  problem.arithmetic = arithmetic_of(x.scalar_type(), d);
+  problem.x = features(x);
+  problem.x_rows = int(x.size(0));
+  if (x2) problem.x2 = features(*x2);
+  if (y) problem.y = features(*y);
+  problem.x_ids = x_ids ? row_ids.const_data_ptr<int64_t>() : nullptr;
+  problem.y_ids = y_ids ? col_ids.const_data_ptr<int64_t>() : nullptr;
+  problem.m = int(m);
+  problem.k = int(y ? y->size(0) : m);
+  problem.d = int(d);
+  problem.shift = int(shift);
+  problem.offset = int(std::min<int64_t>(offset, problem.k));  // past the last column is past it
+  problem.exclude_self = exclude_self;
+  problem.normalize = normalize;
+  problem.params = params ? numbers.const_data_ptr<float>() : nullptr;
+  if (!params) problem.constants = {constants[0], constants[1], constants[2], constants[3], constants[4], constants[5]};
+  problem.loss = loss.mutable_data_ptr<float>();
+  problem.stats = stats.mutable_data_ptr<double>();
+  problem.dx = needs_grad[0] ? dx.mutable_data_ptr<float>() : nullptr;
+  problem.dy = needs_grad[1] ? dy.mutable_data_ptr<float>() : nullptr;
+  problem.dparams = needs_grad[2] ? dparams.mutable_data_ptr<float>() : nullptr;
+  problem.multiprocessors = multiprocessors;
+  const Tensor workspace = at::empty({int64_t(workspace_bytes(problem))}, options.dtype(at::kByte));
+  problem.workspace = workspace.mutable_data_ptr();
+
+  if (is_fused(problem))
+    launch_pairwise_bce(problem, stream);
+  else
+    run_chunked(problem, workspace, x.scalar_type(), dx, dy, chunk_bytes, stream);
+  return {loss, stats, dx, dy, dparams};
+}
+
+}  // namespace mio_ext

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only the CUDA backend has to show on a GPU; test_backends_gpu.py has the rest."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, views
+
+from mio_ext import mio_loss, siglip_loss
+from mio_ext.ops import unavailable_reason
+
+REASON = unavailable_reason("cuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"cuda: {REASON}")]
+
+
+def kernels(function) -> list[str]:
+    """The names of all kernels, PyTorch's own too, that ``function`` launches."""
+    function()  # what is lazily made once is made now
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    if not names:
+        pytest.skip("the profiler sees no kernels on this machine")
+    return names
+
+
+@pytest.mark.parametrize(
+    "batch, dim, dtype, launches",
+    [
+        (128, 128, torch.bfloat16, 2),
+        (512, 64, torch.float32, 2),
+        (2, 3, torch.float16, 2),
+        (2048, 128, torch.bfloat16, 3),
+    ],
+)
+def test_launches_of_a_step(batch, dim, dtype, launches):
+    z1, z2 = views(batch, dim, dtype, "cuda")
+    grad_output = torch.ones((), device="cuda")  # loss.backward() would make it, in a launch of its own
+
+    def step():
+        torch.autograd.grad(mio_loss(z1, z2, backend="cuda"), (z1, z2), grad_output)
+
+    names = kernels(step)
+    assert len(names) == launches, names
+
+
+# Every pass of every path: one launch and several, both products of float32, ids, two gradients, chunked.
+SANITIZED = """
+import sys, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from conftest import views
+from mio_ext import mio_loss, siglip_loss
+for dtype in (torch.float32, torch.bfloat16):
+    for batch, dim in ((33, 40), (600, 70), (70, 200), (80, 300)):
+        z1, z2 = views(batch, dim, dtype, "cuda")
+        labels = torch.arange(batch, device="cuda") % 7
+        for loss in (
+            mio_loss(z1, z2, backend="cuda"),
+            mio_loss(z1, z2, backend="cuda", labels=labels),
+            siglip_loss(z1, torch.cat([z2, z1]), 5.0, -5.0, backend="cuda", normalize=True),
+        ):
+            loss.backward()
+            assert loss.isfinite() and z1.grad.isfinite().all()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer on PATH")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    script = SANITIZED.format(root=str(ROOT))
+    result = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", sys.executable, "-c", script],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # every buffer has an end to run past
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if "not supported" in result.stdout + result.stderr and result.returncode not in (0, 99):
+        pytest.skip("compute-sanitizer does not support this machine")
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+
+
+def test_more_rows_than_a_chunk():
+    """12288 columns make chunks of 10880 rows: the last one is short, and dy is summed over both."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, y = (torch.nn.functional.normalize(torch.randn(12_288, 320, device="cuda", generator=generator)) for _ in "xy")
+    results = []
+    for backend, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
+        a, b = (t.to(dtype).requires_grad_() for t in (x, y))
+        loss = siglip_loss(a, b, 10.0, -10.0, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, (a, b))))
+    for actual, expected in zip(*results, strict=True):
+        assert ((actual.double() - expected).norm() / expected.norm()).item() < 1e-5
