@@ -77,7 +77,8 @@ class ImageData:
         n = counts.sum(1)
         mean = (counts * level).sum(1) / n
         variance = (counts * (level - mean[:, None]) ** 2).sum(1) / (n - 1)
-        return mean.float(), variance.sqrt().float()
+        std = torch.where(variance > 0, variance.sqrt(), 1.0)  # a constant channel would be divided by zero
+        return mean.float(), std.float()
 
     def to(self, device: torch.device) -> ImageData:
         """Moves each tensor that needs at most half of the device's free memory; the others stay.
