@@ -14,7 +14,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch  # noqa: E402
-from contenders import LOSSES, NT_XENT, Loss, contenders, features, own, step  # noqa: E402
+from contenders import LOSSES, NT_XENT, Loss, backends, contenders, features, own, step  # noqa: E402
 from machine import device_type, facts, folder, save  # noqa: E402
-
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
 
 SCALES = {"mio": [1 / t for t in (0.01, 0.03, 0.1, 0.3, 1.0)], "siglip": [1.0, 3.0, 10.0, 30.0, 100.0]}
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
@@ -52,9 +49,7 @@ def measure(loss: str, dtype: str, rows: int, dim: int, device: str) -> list[dic
     functions = {name: f for name, f in contenders(loss, device)[0].items() if name != NT_XENT}
     functions["mio_ext reference"] = own(loss, "reference")
     if dtype == "float64":  # the reference is what is exact; peers are not made for it
-        functions = {
-            name: f for name, f in functions.items() if name.startswith("mio_ext ") and "reference" not in name
-        }
+        functions = {f"mio_ext {backend}": own(loss, backend) for backend in backends(device)}
     out = []
     for scale in SCALES[loss]:
         x, y = features(loss, rows, dim, getattr(torch, dtype), device)
@@ -62,7 +57,7 @@ def measure(loss: str, dtype: str, rows: int, dim: int, device: str) -> list[dic
         true = step(own(loss, "reference"), wide, scale, gradient=True)
         gradient = torch.cat([leaf.grad.flatten() for leaf in wide])
         for name, function in functions.items():
-            leaves = (x.clone().requires_grad_(), y.clone().requires_grad_())
+            leaves = (x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_())
             row = {"loss": loss, "scale": round(scale, 4), "rows": rows, "dim": dim, "dtype": dtype, "contender": name}
             out.append(row | errors(function, leaves, scale, true, gradient))
     return out

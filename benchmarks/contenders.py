@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -19,6 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mio_ext import mio_loss, ops, siglip_loss
+
+# What the compiler says about itself and about a toolkit it does not need.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 Loss = Callable[[Tensor, Tensor, float], Tensor]
 

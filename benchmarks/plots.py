@@ -85,19 +85,20 @@ def panel(axis: Axes, loss: str, cases: dict[tuple, dict[str, Any]], kind: str, 
 def scales(axis: Axes, rows: list[int], kind: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(rows, [f"{n // 1024}k" if n >= 1024 else str(n) for n in rows])
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(which="minor", length=0)
+    axis.tick_params(labelsize=9)
     axis.grid(True, which="major", color="#DDDDDD", lw=0.6)
     if kind == "share":
         axis.set_ylim(0, 100)
         return
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     if kind == "speedup":
         low, high = axis.get_ylim()
-        low, high = min(low, 0.7), max(high, 10)
+        low, high = min(low, 0.6), max(high, 10)
         axis.axhspan(low, 1, color="#F3DCDC", zorder=0)
-        axis.text(0.98, 0.02, "mio_ext loses below 1", transform=axis.transAxes, ha="right", va="bottom", fontsize=8.5)
+        axis.text(0.98, 0.02, "below 1: mio_ext loses", transform=axis.transAxes, ha="right", va="bottom", fontsize=8.5)
         axis.set_ylim(low, high)
         ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low <= t <= high]
         axis.set_yticks(ticks, [f"{t:g}×" for t in ticks])

@@ -34,7 +34,7 @@ from train.optimizer import parameter_groups  # noqa: E402
 
 BATCHES = [128, 256, 512, 1024, 2048, 4096]
 SHOWN = ("mio_ext", "eager", "torch.compile", "paper")  #: contenders of benchmarks/loss.py that take part
-PAPER_BYTES = 12  #: per element of its N × N × D tensors: three of them at once, float32
+PAPER_BYTES = 24  #: per element of its N × N × D tensors: six of them at once, float32
 REPEATS = 3
 
 

@@ -128,7 +128,7 @@ def test_slow_and_large_peers_are_refused_unheard():
 
 def test_the_papers_form_is_refused_by_its_size_alone():
     assert loss.History().refusal("paper", CASE, LIMITS, 1e9)["status"] == "out of memory"
-    assert loss.History().refusal("paper", CASE._replace(rows=1024), LIMITS, 1e9) is None
+    assert loss.History().refusal("paper", CASE._replace(rows=512), LIMITS, 1e9) is None
     assert loss.History().refusal("paper", CASE._replace(loss="siglip"), LIMITS, 1e9) is None
 
 
