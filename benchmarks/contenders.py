@@ -121,9 +121,9 @@ def own(loss: str, backend: str) -> Loss:
     return lambda x, y, scale: siglip_loss(x, y, scale, BIAS, backend=backend)
 
 
-def exact(loss: str, name: str, device: str, backend: str = "reference") -> Loss:
+def exact(loss: str, name: str, device: str) -> Loss:
     """What contender ``name`` must agree with on float64 features."""
-    return contenders(loss, device)[0][name] if name == NT_XENT else own(loss, backend)
+    return contenders(loss, device)[0][name] if name == NT_XENT else own(loss, "reference")
 
 
 def open_clip_loss(**options: int) -> Loss:

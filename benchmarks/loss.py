@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import math
 import multiprocessing
 import os
@@ -27,130 +26,38 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1" if (os.cpu_count() or 1) < 8 else "8")
 
 import torch  # noqa: E402
-from contenders import LOSSES, NT_XENT, SCALE, Loss, backends, contenders, exact, features, is_ours, step  # noqa: E402
+from contenders import (  # noqa: E402
+    LOSSES,
+    NT_XENT,
+    SCALE,
+    Loss,
+    backends,
+    contenders,
+    exact,
+    features,
+    is_ours,
+    own,
+    step,
+)
 from floor import Rates, floor, measured_rates, work  # noqa: E402
 from machine import PeakMemory, device_type, facts, folder, free_memory, proc_field, save  # noqa: E402
+from plan import Case, History, Limits, all_cases, parse_case  # noqa: E402
 
 from mio_ext import ops  # noqa: E402
 
-ROWS = [256, 1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144]  # N = 2 B of MIO, B of SigLIP
-DIMS = [64, 128, 256, 512, 768, 1152]
-DTYPES = ["float32", "bfloat16", "float16"]
-DIM = {"mio": 128, "siglip": 768}  #: the usual one
 CHECK_ROWS = 512  #: of the comparison with float64; the paper's form takes gigabytes beyond
-REFERENCE_ROWS = 2048  #: up to which the dense reference is that float64; beyond, it is our CPU kernel's
 #: Relative error of loss and gradient that a contender may have. 16-bit logits, as peers have, get 16-bit room.
 ROOM = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.1}
-LONG = 3.0  #: seconds; of a longer step the first run counts, and no other is waited for
+LONG = 2.5  #: seconds; of a longer step the first run counts, and no other is waited for
+COLD = 0.5  #: seconds; a longer step needs no warm-up, but for a compiler's
 MIN_STEPS, MAX_STEPS = 3, 300
-
-
-class Case(NamedTuple):
-    loss: str
-    rows: int
-    dim: int
-    dtype: str = "float32"
-    direction: str = "both"  # forward and backward, or "forward"
-
-    @property
-    def gradient(self) -> bool:
-        return self.direction == "both"
-
-    def __str__(self) -> str:
-        return ":".join(map(str, self))
-
-
-class Limits(NamedTuple):
-    """What one contender may take of one case."""
-
-    seconds: float  #: of timed steps, beyond the first MIN_STEPS
-    step: float  #: seconds of a peer's step; ours has the rest of the budget
-    memory: float  #: bytes
-
-
-def parse_case(text: str) -> Case:
-    loss, rows, dim, *rest = text.split(":")
-    case = Case(loss, int(rows), int(dim), *rest)
-    if loss not in LOSSES or case.dtype not in DTYPES or case.direction not in ("both", "forward"):
-        raise ValueError(text)
-    if case.rows < 4 or case.rows % 2 or case.dim < 1:
-        raise ValueError(text)
-    return case
-
-
-def all_cases(device: str) -> list[Case]:
-    """Every combination, the most interesting first: over N, D, types and directions around the usual ones."""
-    main = ["float32"] if device == "cpu" else ["bfloat16", "float32"]
-    reach = {"mio": 65_536, "siglip": 32_768} if device == "cpu" else dict.fromkeys(LOSSES, ROWS[-1])
-    wide = 1024 if device == "cpu" else 4096  # SigLIP's rows where D varies
-
-    def usual(loss: str, rows: int, dtype: str = main[0], direction: str = "both") -> Case:
-        return Case(loss, rows, DIM[loss], dtype, direction)
-
-    cases = [usual(loss, n, t) for n in ROWS for t in main for loss in LOSSES if n <= reach[loss]]
-    cases += [usual(loss, 4096, t) for t in DTYPES for loss in LOSSES]
-    cases += [usual("mio", 8192, t) for t in DTYPES]
-    cases += [Case(loss, 4096 if loss == "mio" else wide, d, main[0]) for loss in LOSSES for d in DIMS]
-    cases += [usual("mio", n, direction="forward") for n in (1024, 8192)]
-    cases += [usual("siglip", n, direction="forward") for n in (1024, 4096)]
-    cases += [usual("mio", n) for n in ROWS]
-    rest = (Case(*c) for c in itertools.product(LOSSES, ROWS, DIMS, DTYPES, ("both", "forward")))
-    return list(dict.fromkeys([*cases, *sorted(rest, key=lambda c: (c.rows**2 * c.dim, c))]))
-
-
-class History:
-    """What steps took so far, to foretell a larger one: time grows with N²·D, memory of dense forms with N²."""
-
-    def __init__(self) -> None:
-        self.seen: dict[tuple[str, str, str], list[tuple[Case, float, float]]] = {}
-
-    def add(self, name: str, case: Case, seconds: float, memory: float) -> None:
-        self.seen.setdefault((name, case.loss, case.direction), []).append((case, seconds, memory))
-
-    def expected(self, name: str, case: Case) -> tuple[float, float] | None:
-        """(seconds, bytes) of a step, from the measured case most like it; None if there is none."""
-        seen = self.seen.get((name, case.loss, case.direction))
-        if name == "paper" and case.loss == "mio":  # known before anything has run: six N × N × D tensors
-            memory = 6.0 * case.rows**2 * case.dim * getattr(torch, case.dtype).itemsize
-        else:
-            memory = 0.0
-        if not seen:
-            return (0.0, memory) if memory else None
-
-        def distance(entry: tuple[Case, float, float]) -> float:
-            near = entry[0]
-            return (
-                2 * abs(math.log(near.rows / case.rows))
-                + abs(math.log(near.dim / case.dim))
-                + (near.dtype != case.dtype)
-            )
-
-        near, seconds, used = min(seen, key=distance)
-        grown = (case.rows / near.rows) ** 2
-        return seconds * grown * case.dim / near.dim, memory or used * (grown if grown > 1 else 1)
-
-    def refusal(self, name: str, case: Case, limits: Limits, left: float) -> dict[str, str] | None:
-        """Status and reason if ``name`` need not be tried at all."""
-        expected = self.expected(name, case)
-        if expected is None:
-            return None
-        seconds, memory = expected
-        limit = left if is_ours(name) else limits.step
-        if seconds > limit:
-            return {"status": "over budget", "reason": f"a step would take about {seconds:.0f} s of {limit:.0f} s"}
-        if memory > limits.memory and not is_ours(name):
-            return {
-                "status": "out of memory",
-                "reason": f"a step would take about {memory / 1e9:.0f} GB of {limits.memory / 1e9:.0f} GB",
-            }
-        return None
 
 
 def leaves_of(case: Case, device: str, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,45 +65,57 @@ def leaves_of(case: Case, device: str, rows: int | None = None) -> tuple[torch.T
     return x.requires_grad_(case.gradient), y.requires_grad_(case.gradient)
 
 
-def check(name: str, function: Loss, case: Case, device: str) -> dict[str, float]:
-    """Relative errors of loss and gradient against float64, on at most CHECK_ROWS rows.
-
-    On a CPU torch.compile is checked at full size: half a minute of compiler for another shape would buy less.
-    """
-    full = device == "cpu" and name == "torch.compile"
-    rows = case.rows if full else min(case.rows, CHECK_ROWS)
-    leaves = leaves_of(case, device, rows)
-    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
-    scale = SCALE[case.loss]
-    value = step(function, leaves, scale, case.gradient)
-    backend = "reference" if rows <= REFERENCE_ROWS else "cpu"
-    true = step(exact(case.loss, name, device, backend), wide, scale, True)
+def distance(value: torch.Tensor, leaves: Any, true: torch.Tensor, exact_leaves: Any) -> dict[str, float]:
+    """Relative errors of the loss and, if there are gradients, of the worse one."""
     errors = {"loss_error": abs(value.double() - true).item() / abs(true.item())}
-    if case.gradient:
+    if leaves[0].grad is not None:
         errors["gradient_error"] = max(
-            ((leaf.grad.double() - w.grad).norm() / w.grad.norm()).item() for leaf, w in zip(leaves, wide, strict=True)
+            ((leaf.grad.double() - e.grad).norm() / e.grad.double().norm()).item()
+            for leaf, e in zip(leaves, exact_leaves, strict=True)
         )
     return errors
 
 
+def check(name: str, function: Loss, case: Case, device: str) -> dict[str, float]:
+    """Errors against float64, on at most CHECK_ROWS rows."""
+    leaves = leaves_of(case, device, min(case.rows, CHECK_ROWS))
+    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    value = step(function, leaves, SCALE[case.loss], case.gradient)
+    return distance(value, leaves, step(exact(case.loss, name, device), wide, SCALE[case.loss], True), wide)
+
+
+def check_all_rows(value: torch.Tensor, leaves: Any, case: Case, device: str) -> dict[str, float]:
+    """Errors against our backend in float32, which has been held to float64 on fewer rows."""
+    wide = tuple(leaf.detach().float().requires_grad_(case.gradient) for leaf in leaves)
+    true = step(own(case.loss, backends(device)[0]), wide, SCALE[case.loss], case.gradient)
+    return distance(value, leaves, true, wide)
+
+
 def probe(name: str, case: Case, device: str) -> dict[str, Any]:
-    """Check, then one step of the real size: its time, its peak of memory and its value."""
+    """Check, then one step of the real size: its time, its peak of memory, and is it right there too?
+
+    torch.compile is checked at the real size only: another shape would be another half minute of compiler.
+    """
     function, scale = contenders(case.loss, device)[0][name], SCALE[case.loss]
-    errors = check(name, function, case, device)
-    if not max(errors.values()) <= ROOM[case.dtype]:
+    errors = check(name, function, case, device) if name != "torch.compile" else {}
+    if not max(errors.values(), default=0) <= ROOM[case.dtype]:
         return {"status": "wrong", "reason": "differs from float64", **errors}
     leaves = leaves_of(case, device)
-    if name == "torch.compile" and device == "cuda":  # checked in another shape
+    if name == "torch.compile":
         step(function, leaves, scale, case.gradient)
-        for leaf in leaves:
-            leaf.grad = None
+        leaves = leaves_of(case, device)
     with PeakMemory(device) as peak:
         begin = time.perf_counter()
         value = step(function, leaves, scale, case.gradient)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-    return {"status": "ok", "seconds": seconds, "peak_bytes": peak.bytes, "value": value.item(), **errors}
+    worth_it = case.rows > CHECK_ROWS and (seconds <= LONG or not is_ours(name))  # of a long step of ours it is another
+    if name != NT_XENT and (worth_it or not errors):
+        errors = check_all_rows(value, leaves, case, device)
+        if not max(errors.values()) <= ROOM[case.dtype]:
+            return {"status": "wrong", "reason": f"differs from float64 at {case.rows:,} rows", **errors}
+    return {"status": "ok", "seconds": seconds, "peak_bytes": peak.bytes, **errors}
 
 
 def guarded_probe(name: str, case: Case, device: str) -> dict[str, Any]:
@@ -265,13 +184,16 @@ def time_step(function: Any, leaves: Any, case: Case, flush: torch.Tensor | None
     return start.elapsed_time(end) * 1e-3
 
 
-def interleaved(case: Case, names: list[str], device: str, seconds: float) -> dict[str, list[float]]:
-    """Times of every contender's steps, in turns; each goes on until it has had ``seconds`` and MIN_STEPS."""
+def interleaved(case: Case, names: list[str], warm: list[str], device: str, seconds: float) -> dict[str, list[float]]:
+    """Times of every contender's steps, in turns; each goes on until it has had ``seconds`` and MIN_STEPS.
+
+    Those in ``warm`` run once or twice before.
+    """
     functions = contenders(case.loss, device)[0]
     leaves = leaves_of(case, device)
     flush = torch.empty(2**28, dtype=torch.int8, device=device) if device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
+    for name in warm:
         first = time_step(functions[name], leaves, case, flush)  # warm-up
         if first < 0.1:
             time_step(functions[name], leaves, case, flush)
@@ -303,14 +225,9 @@ def measure_case(
         found[name] = refused or result
         if device == "cuda":
             torch.cuda.empty_cache()
-    values = [r["value"] for n, r in found.items() if "value" in r and is_ours(n)]
-    for name, row in found.items():  # at full size they must agree with each other
-        if values and "value" in row and name != NT_XENT:
-            off = abs(row["value"] - values[0]) / abs(values[0])
-            if not off <= ROOM[case.dtype]:
-                row |= {"status": "wrong", "reason": f"the loss of all rows is off by {off:.1e}"}
     timed = [n for n, row in found.items() if row["status"] == "ok" and row["seconds"] <= LONG]
-    times = interleaved(case, timed, device, limits.seconds) if timed else {}
+    warm = [n for n in timed if n == "torch.compile" or found[n]["seconds"] < COLD]
+    times = interleaved(case, timed, warm, device, limits.seconds) if timed else {}
     rates = measured_rates(device, getattr(torch, case.dtype))
     for name, row in found.items():
         yield report_row(case, name, row, times.get(name), rates, device)
@@ -350,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=660, help="seconds for everything (default 660)")
     parser.add_argument("--seconds", type=float, help="timed steps of a contender in a case (default 1; GPU 0.3)")
-    parser.add_argument("--step-limit", type=float, default=8, help="seconds that a peer's step may take (default 8)")
+    parser.add_argument("--step-limit", type=float, default=6, help="seconds that a peer's step may take (default 6)")
     parser.add_argument(
         "--memory", type=float, help="GB that a step may take (default half of what is free; GPU 80 %%)"
     )

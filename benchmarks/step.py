@@ -98,7 +98,7 @@ def losses_for(case: Case, device: str, memory: float, compile_too: bool) -> tup
     functions, left_out = contenders("mio", device)[0], {}
     needed = PAPER_BYTES * (2 * case.batch) ** 2 * Config().projector[-1]
     if needed > memory:
-        left_out["paper"] = f"out of memory: about {needed / 1e9:.0f} GB of {memory / 1e9:.0f} GB"
+        left_out["paper"] = f"out of memory: about {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
     if not compile_too:
         left_out["torch.compile"] = "over budget: compiled for every batch size"
     shown = {n: f for n, f in functions.items() if n.startswith(SHOWN) and n not in left_out}

@@ -18,6 +18,7 @@ import floor
 import loss
 import machine
 import report
+import step as step_benchmark
 import tables
 
 CASE = loss.Case("mio", 4096, 128)
@@ -245,7 +246,34 @@ def test_pages_are_the_data_and_have_every_section():
         assert text.count(f"<!-- {section}: benchmarks/report.py -->") == 1
 
 
-# --- bench-check and accuracy
+# --- step, bench-check and accuracy
+
+
+def test_a_step_with_the_loss_timed_apart_is_the_whole_step():
+    """The network gets the gradient that one backward through everything gives it."""
+    case = step_benchmark.Case("resnet18", 8, 4)
+    apart, whole = (step_benchmark.Trainer(case, "cpu") for _ in range(2))
+    whole.images = apart.images
+    ours = contenders.own("mio", "cpu")
+    rest, times = apart.step({"eager": contenders.mio_eager, "mio_ext cpu": ours})
+    assert rest > 0 and list(times) == ["eager", "mio_ext cpu"] and min(times.values()) > 0
+    views = whole.preprocess.views(whole.images.repeat(2, 1, 1, 1), whole.generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=whole.bfloat16):
+        z = whole.model(views)
+    ours(*z.float().chunk(2), contenders.SCALE["mio"]).backward()
+    whole.optimizer.step()
+    for a, b in zip(apart.model.parameters(), whole.model.parameters(), strict=True):
+        found, expected = (t.optimizer.state[p]["momentum_buffer"] for t, p in ((apart, a), (whole, b)))
+        assert relative_error(found, expected) < 1e-6
+
+
+def test_step_leaves_out_what_cannot_be_and_says_why():
+    case = step_benchmark.Case("resnet18", 8, 256)  # six tensors of 512 × 512 × 128 floats: 805 MB
+    shown, left_out = step_benchmark.losses_for(case, "cpu", memory=8e8, compile_too=False)
+    assert list(shown) == ["eager", "mio_ext cpu"]
+    assert left_out["paper"] == "out of memory: about 0.8 GB of 0.8 GB"
+    assert set(left_out) == {"paper", "torch.compile"}
+    assert "paper" in step_benchmark.losses_for(case, "cpu", memory=9e8, compile_too=False)[0]
 
 
 def test_ratios_are_compared_with_a_wide_tolerance():
