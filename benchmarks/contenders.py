@@ -155,8 +155,8 @@ def is_ours(name: str) -> bool:
 
 
 def backends(device: str) -> list[str]:
-    """Our fused backends for tensors of this device type."""
-    return [b for b in ops.available_backends() if b in (("cpu",) if device == "cpu" else ("cuda", "triton"))]
+    """Our fused backends for tensors of this device type; the first one takes every width."""
+    return [b for b in (("cpu",) if device == "cpu" else ("triton", "cuda")) if b in ops.available_backends()]
 
 
 def contenders(loss: str, device: str) -> tuple[dict[str, Loss], dict[str, str]]:
