@@ -1,253 +1,311 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast and how large is one step of the loss, forward + backward, beside what a user would write?
+"""How fast and how large is one step of the loss, how near the floor, and beside what a user would pick instead?
 
-    python benchmarks/loss.py                     # all cases, writes benchmarks/results/<device>/loss.json
-    python benchmarks/loss.py --cases mio:8192:128 --output /dev/null
+    python benchmarks/loss.py                    # CPU or GPU, whatever is there; within --budget seconds
+    python benchmarks/loss.py --cases mio:8192:128 siglip:4096:768:bfloat16:forward --output /tmp/loss.json
 
-All contenders of a case run in one process, interleaved, after a warm-up and after each one's loss and
-gradient were compared with float64. Reported are the median and the 20/80 % quantiles of a step, and
-the peak of memory beyond the inputs, measured in a process of its own for each contender.
+Writes benchmarks/results/<device>/loss.json and .csv; benchmarks/report.py makes tables and plots of them.
+
+Cases come in order of interest until the budget is spent; those left are listed as over budget. Contenders of a
+case are interleaved in one process, after each has agreed with float64. Reported: median and 20/80 % quantiles, and
+peak memory of a first step. On a CPU that first step runs in a process of its own under a limit of memory
+and time, so a contender that is too slow or too large is found out and written down, not waited for.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
+import functools
+import math
+import multiprocessing
+import os
 import resource
-import shlex
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1" if (os.cpu_count() or 1) < 8 else "8")
 
-from mio_ext import mio_loss, ops, siglip_loss  # noqa: E402
+import torch  # noqa: E402
+from contenders import (  # noqa: E402
+    LOSSES,
+    NT_XENT,
+    SCALE,
+    Loss,
+    backends,
+    contenders,
+    exact,
+    features,
+    is_ours,
+    own,
+    step,
+)
+from floor import Rates, floor, measured_rates, work  # noqa: E402
+from machine import PeakMemory, device_type, facts, folder, free_memory, proc_field, save  # noqa: E402
+from plan import Case, History, Limits, all_cases, parse_case  # noqa: E402
 
-CASES = ["mio:256:128", "mio:1024:128", "mio:8192:128", "mio:32768:128"]
-CASES += ["siglip:256:512", "siglip:2048:512", "siglip:8192:512"]
-TEMPERATURE = 0.5
-LOGIT_SCALE, LOGIT_BIAS = 10.0, -10.0
-#: A dense contender of more rows would need tens of gigabytes for its logits and their gradients.
-MAX_DENSE_ROWS = 8192
+from mio_ext import ops  # noqa: E402
+
+CHECK_ROWS = 512  #: of the comparison with float64; the paper's form takes gigabytes beyond
+#: Relative error of loss and gradient that a contender may have. 16-bit logits, as peers have, get 16-bit room.
+ROOM = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.1}
+LONG = 2.5  #: seconds; of a longer step the first run counts, and no other is waited for
+COLD = 0.5  #: seconds; a longer step needs no warm-up, but for a compiler's
+MIN_STEPS, MAX_STEPS = 3, 300
 
 
-def mio_eager(z1: Tensor, z2: Tensor) -> Tensor:
-    """The dense loss: one matrix product, softplus over all of it, the diagonals taken back out.
+def leaves_of(case: Case, device: str, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = features(case.loss, rows or case.rows, case.dim, getattr(torch, case.dtype), device)
+    return x.requires_grad_(case.gradient), y.requires_grad_(case.gradient)
 
-    Scaling the rows before the product and subtracting sums was the fastest of the forms tried.
+
+def distance(value: torch.Tensor, leaves: Any, true: torch.Tensor, exact_leaves: Any) -> dict[str, float]:
+    """Relative errors of the loss and, if there are gradients, of the worse one."""
+    errors = {"loss_error": abs(value.double() - true).item() / abs(true.item())}
+    if leaves[0].grad is not None:
+        errors["gradient_error"] = max(
+            ((leaf.grad.double() - e.grad).norm() / e.grad.double().norm()).item()
+            for leaf, e in zip(leaves, exact_leaves, strict=True)
+        )
+    return errors
+
+
+def check(name: str, function: Loss, case: Case, device: str) -> dict[str, float]:
+    """Errors against float64, on at most CHECK_ROWS rows."""
+    leaves = leaves_of(case, device, min(case.rows, CHECK_ROWS))
+    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    value = step(function, leaves, SCALE[case.loss], case.gradient)
+    return distance(value, leaves, step(exact(case.loss, name, device), wide, SCALE[case.loss], True), wide)
+
+
+def check_all_rows(value: torch.Tensor, leaves: Any, case: Case, device: str) -> dict[str, float]:
+    """Errors against our backend in float32, which has been held to float64 on fewer rows."""
+    wide = tuple(leaf.detach().float().requires_grad_(case.gradient) for leaf in leaves)
+    true = step(own(case.loss, backends(device)[0]), wide, SCALE[case.loss], case.gradient)
+    return distance(value, leaves, true, wide)
+
+
+def probe(name: str, case: Case, device: str) -> dict[str, Any]:
+    """Check, then one step of the real size: its time, its peak of memory, and is it right there too?
+
+    torch.compile is checked at the real size only: another shape would be another half minute of compiler.
     """
-    batch, n = len(z1), 2 * len(z1)
-    z = F.normalize(torch.cat([z1, z2]))
-    logits = (z / TEMPERATURE) @ z.T
-    terms = F.softplus(logits)
-    negative = terms.sum() - terms.diagonal().sum() - 2 * terms.diagonal(batch).sum()
-    positive = F.softplus(-logits.diagonal(batch)).mean()
-    return positive + negative / (n * (n - 2)) + (z[:batch] - z[batch:]).square().mean()
+    function, scale = contenders(case.loss, device)[0][name], SCALE[case.loss]
+    errors = check(name, function, case, device) if name != "torch.compile" else {}
+    if not max(errors.values(), default=0) <= ROOM[case.dtype]:
+        return {"status": "wrong", "reason": "differs from float64", **errors}
+    leaves = leaves_of(case, device)
+    if name == "torch.compile" or device == "cuda":  # a size may have a kernel of its own to compile
+        step(function, leaves, scale, case.gradient)
+        leaves = leaves_of(case, device)
+    with PeakMemory(device) as peak:
+        begin = time.perf_counter()
+        value = step(function, leaves, scale, case.gradient)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    worth_it = case.rows > CHECK_ROWS and (seconds <= LONG or not is_ours(name))  # of a long step of ours it is another
+    if name != NT_XENT and (worth_it or not errors):
+        errors = check_all_rows(value, leaves, case, device)
+        if not max(errors.values()) <= ROOM[case.dtype]:
+            return {"status": "wrong", "reason": f"differs from float64 at {case.rows:,} rows", **errors}
+    return {"status": "ok", "seconds": seconds, "peak_bytes": peak.bytes, **errors}
 
 
-def siglip_eager(x: Tensor, y: Tensor) -> Tensor:
-    """The published algorithm, dense, as in open_clip."""
-    logits = LOGIT_SCALE * x @ y.T + LOGIT_BIAS
-    labels = 2 * torch.eye(len(x), dtype=x.dtype) - torch.ones(len(x), len(x), dtype=x.dtype)
-    return -F.logsigmoid(labels * logits).sum() / len(x)
+def guarded_probe(name: str, case: Case, device: str) -> dict[str, Any]:
+    """:func:`probe`, or what went wrong: compilers and peers fail in many ways, and the others are still measured."""
+    try:
+        return probe(name, case, device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return {"status": "out of memory", "reason": str(error).splitlines()[0] if str(error) else "no memory"}
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        memory = "allocate memory" in str(error) or "not enough memory" in str(error)
+        return {"status": "out of memory" if memory else "failed", "reason": f"{type(error).__name__}: {text}"}
 
 
-def siglip_open_clip(x: Tensor, y: Tensor) -> Tensor:
-    from open_clip.loss import SigLipLoss
-
-    return SigLipLoss()(x, y, torch.tensor(LOGIT_SCALE), torch.tensor(LOGIT_BIAS))
-
-
-def siglip_ours(x: Tensor, y: Tensor) -> Tensor:
-    loss = siglip_loss(x, y, LOGIT_SCALE, LOGIT_BIAS)
-    assert isinstance(loss, Tensor)
-    return loss
+@functools.cache
+def child_context() -> Any:
+    """Children are forked off a process that has imported everything and used no thread pool yet."""
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
+    context.set_forkserver_preload(["loss", "torch._dynamo", "torch._inductor.compile_fx", "open_clip", "lightly.loss"])
+    return context  # a module that is not installed is passed over
 
 
-def contenders(loss: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    if loss == "mio":
-        return {"mio_ext": mio_loss, "eager": mio_eager, "torch.compile": torch.compile(mio_eager)}
-    return {
-        "mio_ext": siglip_ours,
-        "eager": siglip_eager,
-        "open_clip": siglip_open_clip,
-        "torch.compile": torch.compile(siglip_eager),
-    }
+def in_child(pipe: Connection, name: str, case: Case, memory: float) -> None:
+    pipe.send("ready")
+    limit = 1024 * proc_field("/proc/self/status", "VmData") + int(memory)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    pipe.send(guarded_probe(name, case, "cpu"))
 
 
-def units(loss: str) -> float:
-    """Matrix products of a step, in units of 2 N² D operations (docs: cost model)."""
-    return 1.5 if loss == "mio" else 3.0
+def isolated_probe(name: str, case: Case, limits: Limits, left: float) -> dict[str, Any]:
+    """:func:`probe` in a process of its own, which is ended when it takes too long."""
+    seconds = min(left, 600) if is_ours(name) else limits.step
+    seconds = 3 * seconds + 30 if name == "torch.compile" else seconds + 5  # the compiler; the check
+    context = child_context()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=in_child, args=(sender, name, case, limits.memory))
+    process.start()
+    sender.close()
+    try:
+        receiver.recv()
+        if not receiver.poll(seconds):
+            return {"status": "over budget", "reason": f"a step takes more than {seconds:.0f} s"}
+        result = receiver.recv()
+        process.join(5)
+        return result
+    except EOFError:
+        return {"status": "failed", "reason": "its process died, probably for want of memory"}
+    finally:
+        process.kill()
+        process.join()
 
 
-def inputs(loss: str, rows: int, dim: int) -> list[Tensor]:
-    """Leaf tensors: two views of rows / 2 samples, or rows images and texts."""
-    generator = torch.Generator().manual_seed(0)
-    count = rows // 2 if loss == "mio" else rows
-    x, y = (torch.randn(count, dim, generator=generator) for _ in range(2))
-    if loss == "siglip":
-        x, y = F.normalize(x), F.normalize(y)
-    return [x.requires_grad_(), y.requires_grad_()]
+def time_step(function: Any, leaves: Any, case: Case, flush: torch.Tensor | None) -> float:
+    """Seconds of one step; on a GPU between two events, after the cache was flushed."""
+    if flush is None:
+        begin = time.perf_counter()
+        step(function, leaves, SCALE[case.loss], case.gradient)
+        return time.perf_counter() - begin
+    flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step(function, leaves, SCALE[case.loss], case.gradient)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e-3
 
 
-def step(contender: Callable[[Tensor, Tensor], Tensor], leaves: list[Tensor]) -> Tensor:
-    for leaf in leaves:
-        leaf.grad = None
-    loss = contender(*leaves)
-    loss.backward()
-    return loss.detach()
+def interleaved(case: Case, names: list[str], warm: list[str], device: str, seconds: float) -> dict[str, list[float]]:
+    """Times of every contender's steps, in turns; each goes on until it has had ``seconds`` and MIN_STEPS.
 
-
-def check(name: str, contender: Callable[[Tensor, Tensor], Tensor], leaves: list[Tensor], exact: list[Tensor]) -> dict:
-    """Relative errors of loss and gradient against float64; raises where they are not rounding."""
-    loss = step(contender, leaves)
-    errors = [
-        ((a.double() - b).norm() / b.norm()).item()
-        for a, b in zip([loss, *[leaf.grad for leaf in leaves]], exact, strict=True)
-    ]
-    if not (errors[0] < 1e-4 and max(errors[1:]) < 1e-2):
-        raise RuntimeError(f"{name} is wrong: relative errors {errors}")
-    return {"loss_error": errors[0], "gradient_error": max(errors[1:])}
-
-
-def time_interleaved(functions: dict[str, Callable], leaves: list[Tensor], budget: float) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < 5 or (time.perf_counter() - start < budget and rounds < 1000):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            step(function, leaves)
-            times[name].append(time.perf_counter() - begin)
-        rounds += 1
+    Those in ``warm`` run once or twice before.
+    """
+    functions = contenders(case.loss, device)[0]
+    leaves = leaves_of(case, device)
+    flush = torch.empty(2**28, dtype=torch.int8, device=device) if device == "cuda" else None
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in warm:
+        first = time_step(functions[name], leaves, case, flush)  # warm-up
+        if first < 0.1:
+            time_step(functions[name], leaves, case, flush)
+    running = list(names)
+    while running:
+        for name in running:
+            times[name].append(time_step(functions[name], leaves, case, flush))
+        running = [
+            n for n in running if len(times[n]) < MIN_STEPS or (sum(times[n]) < seconds and len(times[n]) < MAX_STEPS)
+        ]
     return times
 
 
-def peak_memory(loss: str, rows: int, dim: int, name: str) -> int:
-    """Bytes beyond the inputs at the peak of one step, in a process of its own."""
-    command = [sys.executable, __file__, "--peak-memory-of", f"{loss}:{rows}:{dim}:{name}"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def measure_case(
+    case: Case, names: list[str], device: str, history: History, limits: Limits, left: float
+) -> Iterator[dict[str, Any]]:
+    """A row for every contender named."""
+    torch.compiler.reset()
+    deadline = time.monotonic() + left
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        left = deadline - time.monotonic()
+        refused = history.refusal(name, case, limits, left)
+        if refused is None:
+            in_process = device == "cuda"
+            result = guarded_probe(name, case, device) if in_process else isolated_probe(name, case, limits, left)
+            if "seconds" in result:
+                history.add(name, case, result["seconds"], result["peak_bytes"])
+        found[name] = refused or result
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    timed = [n for n, row in found.items() if row["status"] == "ok" and row["seconds"] <= LONG]
+    warm = [n for n in timed if n == "torch.compile" or found[n]["seconds"] < COLD]
+    times = interleaved(case, timed, warm, device, limits.seconds) if timed else {}
+    rates = measured_rates(device, getattr(torch, case.dtype))
+    for name, row in found.items():
+        yield report_row(case, name, row, times.get(name), rates, device)
 
 
-def print_peak_memory(spec: str) -> None:
-    loss, rows, dim, name = spec.split(":")
-    function = contenders(loss)[name]
-    step(function, inputs(loss, 64, int(dim)))  # libraries, thread pools, the compiler
-    if name == "torch.compile":
-        step(function, inputs(loss, int(rows), int(dim)))  # compiled again for the size
-    leaves = inputs(loss, int(rows), int(dim))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident_peak()
-    step(function, leaves)
-    print(resident_peak() - before)
+def report_row(
+    case: Case, name: str, found: dict[str, Any], times: list[float] | None, rates: Rates, device: str
+) -> dict[str, Any]:
+    """The line of the data file. Rates in 10⁹ a second."""
+    row: dict[str, Any] = case._asdict() | {"contender": name, "status": found["status"]}
+    if found["status"] == "ok":
+        times = times or [found["seconds"]]
+        q = statistics.quantiles(times, n=5) if len(times) > 1 else times * 4
+        asked = work(case.loss, case.rows, case.dim, getattr(torch, case.dtype).itemsize, case.gradient, device)
+        bound = floor(asked, rates)
+        median = statistics.median(times)
+        row |= {"median_ms": median * 1e3, "p20_ms": q[0] * 1e3, "p80_ms": q[3] * 1e3, "steps": len(times)}
+        row |= {"peak_bytes": found["peak_bytes"], "floor_ms": bound.seconds * 1e3, "floor_by": bound.by}
+        row |= {"share": bound.seconds / median, "gflops": asked.operations / median * 1e-9}
+        row |= {key: value and value * 1e-9 for key, value in rates._asdict().items()}
+    row |= {key: found[key] for key in ("loss_error", "gradient_error", "reason") if key in found}
+    return {k: float(f"{v:.5g}") if isinstance(v, float) and math.isfinite(v) else v for k, v in row.items()}
 
 
-def resident_peak() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def multiply_add_rate() -> float:
-    """The machine's float32 matrix rate as PyTorch's library reaches it, in operations a second."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    times = []
-    for _ in range(7):
-        begin = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - begin)
-    return 2 * 2048**3 / statistics.median(times)
-
-
-def run_case(spec: str, budget: float) -> list[dict]:
-    loss, rows, dim = spec.split(":")
-    leaves = inputs(loss, int(rows), int(dim))
-    functions = contenders(loss)
-    if int(rows) > MAX_DENSE_ROWS:
-        functions = {"mio_ext": functions["mio_ext"]}
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    exact = [step(functions["mio_ext"], wide).double(), *[leaf.grad for leaf in wide]]
-    errors = {name: check(name, f, leaves, exact) for name, f in functions.items()}
-    times = time_interleaved(functions, leaves, budget)
-    rows_out = []
-    for name, values in times.items():
-        quantiles = statistics.quantiles(values, n=5)
-        median = statistics.median(values)
-        flops = units(loss) * 2 * int(rows) ** 2 * int(dim)
-        rows_out.append(
-            {
-                "loss": loss,
-                "rows": int(rows),
-                "dim": int(dim),
-                "dtype": "float32",
-                "contender": name,
-                "median_ms": median * 1e3,
-                "p20_ms": quantiles[0] * 1e3,
-                "p80_ms": quantiles[3] * 1e3,
-                "steps": len(values),
-                "peak_memory_bytes": peak_memory(loss, int(rows), int(dim), name),
-                "gflops": flops / median * 1e-9 if name == "mio_ext" else None,
-                **errors[name],
-            }
-        )
-        report = rows_out[-1]
-        print(
-            f"{spec:<16} {name:<14} {report['median_ms']:10.3f} ms  "
-            f"[{report['p20_ms']:.3f}, {report['p80_ms']:.3f}]  {report['peak_memory_bytes'] / 1e6:8.1f} MB",
-            flush=True,
-        )
-    return rows_out
-
-
-def device_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def git(*args: str) -> str:
-    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def show(row: dict[str, Any]) -> None:
+    case = ":".join(str(row[f]) for f in Case._fields)
+    text = f"{case:<32} {row['contender']:<20} "
+    if row["status"] == "ok":
+        text += f"{row['median_ms']:11.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}] x{row['steps']:<4}"
+        text += f"{row['peak_bytes'] / 1e6:9.1f} MB  {100 * row['share']:5.1f} % of the floor ({row['floor_by']})"
+    else:
+        text += f"{row['status']}: {row['reason']}"
+    print(text, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="LOSS:ROWS:DIM")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds of timed steps for a case (default 20)")
+    parser.add_argument("--budget", type=float, default=660, help="seconds for everything (default 660)")
+    parser.add_argument("--seconds", type=float, help="timed steps of a contender in a case (default 1; GPU 0.3)")
+    parser.add_argument("--step-limit", type=float, default=6, help="seconds that a peer's step may take (default 6)")
+    parser.add_argument(
+        "--memory", type=float, help="GB that a step may take (default half of what is free; GPU 80 %%)"
+    )
+    parser.add_argument("--cases", nargs="+", type=parse_case, metavar="LOSS:ROWS:DIM[:DTYPE[:DIRECTION]]")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only those whose name starts so")
     parser.add_argument("--output", type=Path, help="data file (default benchmarks/results/<device>/loss.json)")
-    parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak_memory_of:
-        print_peak_memory(args.peak_memory_of)
-        return
-    results = {
-        "command": shlex.join(["python", "benchmarks/loss.py", *sys.argv[1:]]),
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": ops.extension.cpu_instruction_set(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
-        "date": datetime.date.today().isoformat(),
-        "matmul_gflops": multiply_add_rate() * 1e-9,
-        "results": [row for spec in args.cases for row in run_case(spec, args.budget)],
-    }
-    folder = "".join(c if c.isalnum() else "-" for c in f"{results['device']} {results['threads']} threads".lower())
-    output = args.output or ROOT / "benchmarks" / "results" / folder / "loss.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {output}")
+    device = device_type()
+    if not backends(device):
+        reasons = "; ".join(f"{b}: {ops.unavailable_reason(b)}" for b in ops.BACKENDS if ops.unavailable_reason(b))
+        print(f"loss.py: no backend to measure on {device}: {reasons}", file=sys.stderr)
+        sys.exit(2)
+    seconds = args.seconds or (1.0 if device == "cpu" else 0.3)
+    memory = args.memory * 1e9 if args.memory else free_memory(device) * (0.5 if device == "cpu" else 0.8)
+    limits = Limits(seconds, args.step_limit, memory)
+    head = facts(device) | {"limits": limits._asdict(), "budget_seconds": args.budget}
+    head["skipped"] = {n: why for loss in LOSSES for n, why in contenders(loss, device)[1].items()}
+    deadline = time.monotonic() + args.budget
+    history, rows, late = History(), [], []
+    for case in args.cases or all_cases(device):
+        left = deadline - time.monotonic()
+        if left < 5 or not_worth_it(case, device, history, left):
+            late.append(str(case))
+            continue
+        names = [n for n in contenders(case.loss, device)[0] if n.startswith(tuple(args.contenders or [""]))]
+        for row in measure_case(case, names, device, history, limits, left):
+            rows.append(row)
+            show(row)
+    head["over_budget"] = late
+    save(args.output or folder(head) / "loss.json", head, rows)
+    if any(is_ours(row["contender"]) and row["status"] not in ("ok", "over budget") for row in rows):
+        sys.exit("loss.py: a backend of ours failed")
+
+
+def not_worth_it(case: Case, device: str, history: History, left: float) -> bool:
+    """Whether the budget does not reach for even one step of ours."""
+    expected = [history.expected(n, case) for n in contenders(case.loss, device)[0] if is_ours(n)]
+    return bool(expected) and all(e is not None and 1.2 * e[0] > left for e in expected)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' own logic: contenders, floor, budgets, and that pages say what the data say. No times."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, relative_error
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import accuracy
+import check_ratios
+import contenders
+import floor
+import loss
+import machine
+import report
+import step as step_benchmark
+import tables
+
+CASE = loss.Case("mio", 4096, 128)
+LIMITS = loss.Limits(seconds=1, step=8, memory=8e9)
+
+
+# --- contenders
+
+
+@pytest.mark.parametrize("name", ["mio", "siglip"])
+def test_contenders_compute_the_same_loss(name, monkeypatch):
+    """All but torch.compile, which is one of them compiled, and the NT-Xent, which is another loss."""
+    monkeypatch.setattr(contenders, "CHUNK", 16)  # several blocks, the last one short
+    functions, skipped = contenders.contenders(name, "cpu")
+    x, y = (t.requires_grad_() for t in contenders.features(name, 40, 12, torch.float64, "cpu"))
+    exact = contenders.step(contenders.own(name, "reference"), (x, y), 3.0, gradient=True)
+    gradients = [x.grad, y.grad]
+    assert {"mio_ext cpu", "eager", "torch.compile", "checkpointed chunks", "paper"} <= set(functions)
+    assert all(reason for reason in skipped.values())
+    for other in set(functions) - {"torch.compile", contenders.NT_XENT}:
+        value = contenders.step(functions[other], (x, y), 3.0, gradient=True)
+        room = 1e-6 if other == "open_clip" else 1e-9  # its scale and bias are float32
+        assert relative_error(value, exact) < room, other
+        assert max(map(relative_error, (x.grad, y.grad), gradients)) < room, other
+
+
+def test_a_wrong_contender_is_not_timed(monkeypatch):
+    functions = {"eager": lambda x, y, scale: 1.02 * contenders.mio_eager(x, y, scale)}
+    monkeypatch.setattr(loss, "contenders", lambda *_: (functions, {}))
+    found = loss.guarded_probe("eager", loss.Case("mio", 64, 8), "cpu")
+    assert found["status"] == "wrong" and found["loss_error"] == pytest.approx(0.02, rel=1e-3)
+    assert "seconds" not in found
+
+
+def test_a_failing_contender_is_written_down(monkeypatch):
+    def broken(*_):
+        raise ValueError("no\nsuch thing")
+
+    monkeypatch.setattr(loss, "contenders", lambda *_: ({"eager": broken}, {}))
+    found = loss.guarded_probe("eager", loss.Case("mio", 64, 8), "cpu")
+    assert found == {"status": "failed", "reason": "ValueError: no such thing"}
+
+
+# --- floor
+
+
+@pytest.mark.parametrize(
+    "loss_name, gradient, device, units, special",
+    [("mio", True, "cpu", 1.5, 0.5), ("mio", True, "cuda", 2, 2), ("mio", False, "cpu", 0.5, 0.5),
+     ("mio", False, "cuda", 0.5, 0.5), ("siglip", True, "cpu", 3, 1), ("siglip", True, "cuda", 3, 2),
+     ("siglip", False, "cuda", 1, 1)],
+)  # fmt: skip
+def test_work_is_that_of_the_cost_model(loss_name, gradient, device, units, special):
+    rows, dim = 1000, 64
+    asked = floor.work(loss_name, rows, dim, 2, gradient, device)
+    assert asked.operations == units * 2 * rows**2 * dim
+    assert asked.special == special * rows**2
+    assert asked.bytes == (1 if loss_name == "mio" else 2) * (2 if gradient else 1) * rows * dim * 2
+
+
+def test_floor_is_the_scarcest():
+    rates = floor.Rates(matrix=100.0, library=50.0, multiply_add=100.0, special=10.0, bandwidth=20.0)
+    assert floor.floor(floor.Work(1000, 10, 10), rates) == (10.0, "matrix")
+    assert floor.floor(floor.Work(100, 100, 10), rates) == (10.0, "special functions")
+    assert floor.floor(floor.Work(100, 10, 200), rates) == (10.0, "bandwidth")
+
+
+def test_measured_rates_are_of_this_world(monkeypatch):
+    monkeypatch.setattr(floor, "CPU_LIBRARY_SIZE", 128)
+    monkeypatch.setattr(floor, "CPU_COPY_BYTES", 2**20)
+    rates = floor.cpu_rates(torch.float32)
+    assert rates.matrix == max(rates.library, rates.multiply_add or 0)
+    for rate in (rates.library, rates.multiply_add, rates.special, rates.bandwidth):
+        assert rate is None or 1e6 < rate < 1e15
+
+
+# --- budget
+
+
+def test_history_foretells_larger_steps():
+    history = loss.History()
+    assert history.expected("eager", CASE) is None
+    history.add("eager", CASE._replace(rows=1024), 0.1, 1e8)
+    history.add("eager", CASE._replace(rows=2048), 0.5, 5e8)
+    seconds, memory = history.expected("eager", CASE)  # from the nearer one
+    assert seconds == pytest.approx(2.0) and memory == pytest.approx(2e9)
+    assert history.expected("eager", CASE._replace(dim=256))[0] == pytest.approx(4.0)
+    assert history.expected("eager", CASE._replace(direction="forward")) is None
+    assert history.expected("eager", CASE._replace(rows=256))[1] == pytest.approx(1e8)  # never less than was seen
+
+
+def test_slow_and_large_peers_are_refused_unheard():
+    history = loss.History()
+    for name in ("eager", "mio_ext cpu"):
+        history.add(name, CASE._replace(rows=8192), 2.0, 6e9)
+
+    def status(name, rows, left=1e9):
+        refused = history.refusal(name, CASE._replace(rows=rows), LIMITS, left)
+        return refused and refused["status"]
+
+    assert status("eager", 8192) is None
+    assert status("eager", 10_000) == "out of memory"
+    assert status("eager", 32_768) == "over budget"
+    assert status("mio_ext cpu", 32_768) is None  # 32 s, and memory is not held against ours
+    assert status("mio_ext cpu", 32_768, left=30) == "over budget"
+    assert status("torch.compile", 1 << 18) is None  # nothing known: it is tried, under limits
+
+
+def test_the_papers_form_is_refused_by_its_size_alone():
+    assert loss.History().refusal("paper", CASE, LIMITS, 1e9)["status"] == "out of memory"
+    assert loss.History().refusal("paper", CASE._replace(rows=512), LIMITS, 1e9) is None
+    assert loss.History().refusal("paper", CASE._replace(loss="siglip"), LIMITS, 1e9) is None
+
+
+def test_probe_in_a_child_keeps_to_its_limits():
+    case = loss.Case("mio", 512, 64)  # one tensor of the paper's form: 67 MB
+    fine = loss.isolated_probe("mio_ext cpu", case, LIMITS, 100)
+    assert fine["status"] == "ok" and fine["seconds"] > 0 and fine["loss_error"] < 1e-5
+    large = loss.isolated_probe("paper", case, LIMITS._replace(memory=5e7, step=60), 100)
+    assert large["status"] == "out of memory"
+    slow = loss.isolated_probe("paper", case, LIMITS._replace(step=-5), 100)
+    assert slow["status"] == "over budget"
+
+
+def test_peak_memory_sees_what_was_there_for_a_moment():
+    with machine.PeakMemory("cpu") as peak:
+        torch.ones(25_000_000)
+    assert 0.99e8 < peak.bytes < 1.2e8
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_are_the_whole_grid_the_usual_first(device):
+    cases = loss.all_cases(device)
+    assert len(cases) == len(set(cases)) == 2 * 9 * 6 * 3 * 2
+    first = cases[:4]
+    assert {c.loss for c in first} == {"mio", "siglip"} and all(c.gradient and c.rows <= 1024 for c in first)
+    assert all(loss.parse_case(str(c)) == c for c in cases)
+
+
+@pytest.mark.parametrize("text", ["mio:256", "clip:256:64", "mio:255:64", "mio:256:64:int8", "mio:256:64:float32:x"])
+def test_case_that_is_none(text):
+    with pytest.raises(ValueError):
+        loss.parse_case(text)
+
+
+# --- report
+
+
+def row(case, contender, ms, status="ok", **more):
+    fields = {"median_ms": ms, "peak_bytes": 2e6, "floor_ms": 0.5, "share": 0.5 / (ms or 1), "floor_by": "matrix"}
+    fields |= {"library": 100.0, "multiply_add": 200.0, "special": 5.0, "bandwidth": 20.0}
+    return case._asdict() | {"contender": contender, "status": status} | (fields if status == "ok" else {}) | more
+
+
+def data(*rows):
+    head = {"device": "Test CPU", "device_type": "cpu", "threads": 2, "instruction_set": "avx2", "driver": "Linux 6"}
+    head |= {"versions": {"torch": "2.10"}, "commit": "abc", "date": "2026-01-01", "command": "python x", "skipped": {}}
+    head |= {"limits": LIMITS._asdict(), "budget_seconds": 9, "over_budget": ["mio:4:4:float32:both"]}
+    return head | {"results": list(rows)}
+
+
+EXAMPLE = data(
+    row(CASE, "mio_ext cpu", 2.0),
+    row(CASE, "eager", 30.0),
+    row(CASE, "open_clip", 1.5),
+    row(CASE, "paper", None, "out of memory", reason="large"),
+    row(CASE._replace(rows=8192), "mio_ext cpu", 2000.0),
+    row(CASE._replace(rows=8192), "eager", None, "over budget", reason="slow"),
+)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A repository with EXAMPLE as its only data, and a page for it."""
+    path = tmp_path / "benchmarks" / "results" / "test-cpu" / "loss.json"
+    machine.save(path, {k: v for k, v in EXAMPLE.items() if k != "results"}, EXAMPLE["results"])
+    for module in (tables, report):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "benchmarks" / "results")
+    monkeypatch.setattr(report, "PAGES", ("page.md",))
+    (tmp_path / "page.md").write_text("a\n<!-- loss-report: benchmarks/report.py -->\nold\n<!-- end -->\nb\n")
+    return tmp_path
+
+
+def test_data_file_comes_back_as_it_was(results):
+    path = results / "benchmarks" / "results" / "test-cpu" / "loss.json"
+    assert json.loads(path.read_text()) == EXAMPLE
+    assert len(path.with_suffix(".csv").read_text().splitlines()) == 1 + len(EXAMPLE["results"])
+
+
+def test_report_shows_wins_losses_and_gaps(results):
+    text = tables.performance_loss()
+    for line in (
+        "| 4,096 | 128 | float32 | 2 ms | 25 % of 0.50 ms | 30 ms (15.0×) | 1.5 ms (**0.75×**) | out of memory |",
+        "| 8,192 | 128 | float32 | 2 s | 0 % of 0.50 ms | over budget | – | – |",
+        "in 1 of the 2 cases measured: MIO N = 4,096, D = 128, float32 (open_clip 0.75×).",
+        "| MIO | paper | – | – | – | 0 of 0 | 1 out of memory |",
+    ):
+        assert line in text
+    assert "2 of 3 cases found a place" in text
+
+
+def test_report_writes_page_and_plots_and_sees_what_went_stale(results, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    report.main()
+    assert report.stale() == []
+    page = results / "page.md"
+    assert "old" not in page.read_text() and page.read_text().endswith("<!-- end -->\nb\n")
+    page.write_text(page.read_text().replace("30 ms", "31 ms"))
+    assert report.stale() == ["page.md"]
+    path = results / "benchmarks" / "results" / "test-cpu" / "loss.json"
+    path.write_text(path.read_text().replace("30.0", "31.0"))
+    assert report.stale() == ["page.md", *(f"docs/plots/test-cpu-{plot}.png" for plot in tables.PLOT_NAMES)]
+
+
+def test_unknown_section_is_an_error():
+    with pytest.raises(SystemExit, match="no section 'nothing'"):
+        report.rendered("<!-- nothing: benchmarks/report.py -->\n\n<!-- end -->")
+
+
+def test_pages_are_the_data_and_have_every_section():
+    assert report.stale() == []
+    text = "".join((ROOT / page).read_text() for page in report.PAGES)
+    for section in report.SECTIONS:
+        assert text.count(f"<!-- {section}: benchmarks/report.py -->") == 1
+
+
+# --- step, bench-check and accuracy
+
+
+def test_a_step_with_the_loss_timed_apart_is_the_whole_step():
+    """The network gets the gradient that one backward through everything gives it."""
+    case = step_benchmark.Case("resnet18", 8, 4)
+    apart, whole = (step_benchmark.Trainer(case, "cpu") for _ in range(2))
+    whole.images = apart.images
+    ours = contenders.own("mio", "cpu")
+    rest, times = apart.step({"eager": contenders.mio_eager, "mio_ext cpu": ours})
+    assert rest > 0 and list(times) == ["eager", "mio_ext cpu"] and min(times.values()) > 0
+    views = whole.preprocess.views(whole.images.repeat(2, 1, 1, 1), whole.generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=whole.bfloat16):
+        z = whole.model(views)
+    ours(*z.float().chunk(2), contenders.SCALE["mio"]).backward()
+    whole.optimizer.step()
+    for a, b in zip(apart.model.parameters(), whole.model.parameters(), strict=True):
+        found, expected = (t.optimizer.state[p]["momentum_buffer"] for t, p in ((apart, a), (whole, b)))
+        assert relative_error(found, expected) < 1e-6
+
+
+def test_step_leaves_out_what_cannot_be_and_says_why():
+    case = step_benchmark.Case("resnet18", 8, 256)  # six tensors of 512 × 512 × 128 floats: 805 MB
+    shown, left_out = step_benchmark.losses_for(case, "cpu", memory=8e8, compile_too=False)
+    assert list(shown) == ["eager", "mio_ext cpu"]
+    assert left_out["paper"] == "out of memory: about 0.8 GB of 0.8 GB"
+    assert set(left_out) == {"paper", "torch.compile"}
+    assert "paper" in step_benchmark.losses_for(case, "cpu", memory=9e8, compile_too=False)[0]
+
+
+def test_ratios_are_compared_with_a_wide_tolerance():
+    assert check_ratios.verdict(10, 7) == "as committed" == check_ratios.verdict(10, 14)
+    assert check_ratios.verdict(10, 6.6) == "FELL"
+    assert check_ratios.verdict(10, 15.1) == "rose"
+    slower = data(row(CASE, "mio_ext cpu", 4.0), row(CASE, "eager", 30.0), row(CASE, "open_clip", 3.0))
+    lines = check_ratios.compare(EXAMPLE, slower)
+    assert [line.split()[-1] for line in lines[1:3]] == ["FELL", "committed"]
+    assert lines[-1].startswith("1 ratios fell by more than 1.5x")
+    assert check_ratios.compare(EXAMPLE, EXAMPLE)[-1] == "no ratio fell by more than 1.5x"
+
+
+def test_accuracy_tells_rounding_from_failure(monkeypatch):
+    functions = {"eager": contenders.mio_eager, "broken": lambda x, y, scale: ((x + y) * math.inf).sum()}
+    monkeypatch.setattr(accuracy, "contenders", lambda *_: (functions, {}))
+    rows = accuracy.measure("mio", "float32", 32, 8, "cpu")
+    assert len(rows) == 3 * len(accuracy.SCALES["mio"])
+    for r in rows:
+        if r["contender"] == "broken":
+            assert r["status"] == "not finite"
+        else:
+            assert r["loss_error"] < 1e-5 and r["gradient_error"] < 1e-3
+    rows = accuracy.measure("mio", "float64", 32, 8, "cpu")
+    assert {r["contender"] for r in rows} == {"mio_ext cpu"}
+    assert max(r["gradient_error"] for r in rows) < 1e-11
