@@ -129,6 +129,10 @@ def exact(loss: str, name: str, device: str) -> Loss:
 def open_clip_loss(**options: int) -> Loss:
     from open_clip.loss import SigLipLoss
 
+    for option in set(options) - set(inspect.signature(SigLipLoss).parameters):
+        raise TypeError(
+            f"SigLipLoss of open_clip_torch {importlib.metadata.version('open_clip_torch')} has no {option}"
+        )
     module = SigLipLoss(**options)
     return lambda x, y, scale: module(x, y, *torch.tensor([scale, BIAS], device=x.device).unbind())
 
@@ -163,36 +167,30 @@ def contenders(loss: str, device: str) -> tuple[dict[str, Loss], dict[str, str]]
     """(name -> function, name -> why it cannot take part here)."""
     functions: dict[str, Loss] = {f"mio_ext {backend}": own(loss, backend) for backend in backends(device)}
     skipped: dict[str, str] = {}
+
+    def add(name: str, module: str, make: Callable[[], Loss]) -> None:
+        if importlib.util.find_spec(module) is None:
+            skipped[name] = f"{module} is not installed (extra [bench])"
+            return
+        try:
+            functions[name] = make()
+        except Exception as error:  # a peer that does not load must not keep the others from being measured
+            skipped[name] = " ".join(str(error).split())[:200]
+
     if loss == "mio":
         functions |= {"eager": mio_eager, "torch.compile": compiled(mio_eager)}
         functions |= {"checkpointed chunks": mio_chunks, "paper": mio_paper}
-        if installed("lightly", NT_XENT, skipped):
-            functions[NT_XENT] = nt_xent()
+        add(NT_XENT, "lightly", nt_xent)
         return functions, skipped
     functions |= {"eager": siglip_eager, "torch.compile": compiled(siglip_eager)}
     functions |= {"checkpointed chunks": siglip_chunks, "paper": siglip_paper}
-    if installed("open_clip", "open_clip", skipped):
-        functions["open_clip"] = open_clip_loss()
-    if installed("open_clip", "open_clip chunk_size", skipped):
-        from open_clip.loss import SigLipLoss
-
-        if "chunk_size" in inspect.signature(SigLipLoss).parameters:
-            functions["open_clip chunk_size"] = open_clip_loss(chunk_size=CHUNK)
-        else:
-            version = importlib.metadata.version("open_clip_torch")
-            skipped["open_clip chunk_size"] = f"open_clip_torch {version} has no chunk_size"
+    add("open_clip", "open_clip", open_clip_loss)
+    add("open_clip chunk_size", "open_clip", lambda: open_clip_loss(chunk_size=CHUNK))
     if device == "cpu":
-        skipped["siglip-kernel"] = "siglip-kernel needs a CUDA GPU"
-    elif installed("siglip_kernel", "siglip-kernel", skipped):
-        functions["siglip-kernel"] = siglip_kernel()
+        skipped["siglip-kernel"] = "it needs a CUDA GPU"
+    else:
+        add("siglip-kernel", "siglip_kernel", siglip_kernel)
     return functions, skipped
-
-
-def installed(module: str, name: str, skipped: dict[str, str]) -> bool:
-    if importlib.util.find_spec(module) is None:
-        skipped[name] = f"{module} is not installed (extra [bench])"
-        return False
-    return True
 
 
 def features(loss: str, rows: int, dim: int, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -240,7 +240,7 @@ def report_row(
     row: dict[str, Any] = case._asdict() | {"contender": name, "status": found["status"]}
     if found["status"] == "ok":
         times = times or [found["seconds"]]
-        q = statistics.quantiles(times, n=5) if len(times) > 1 else times * 4
+        q = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
         asked = work(case.loss, case.rows, case.dim, getattr(torch, case.dtype).itemsize, case.gradient, device)
         bound = floor(asked, rates)
         median = statistics.median(times)

@@ -95,6 +95,17 @@ def test_measured_rates_are_of_this_world(monkeypatch):
         assert rate is None or 1e6 < rate < 1e15
 
 
+def test_quantiles_stay_within_what_was_measured():
+    rates = floor.Rates(matrix=1e12, library=1e12, multiply_add=None, special=1e9, bandwidth=1e10)
+    found = {"status": "ok", "seconds": 9.0, "peak_bytes": 1, "loss_error": 0.0}
+    few = loss.report_row(CASE, "eager", found, [1.0, 5.0, 2.0], rates, "cpu")
+    assert 1000 <= few["p20_ms"] <= few["median_ms"] == 2000 <= few["p80_ms"] <= 5000 and few["steps"] == 3
+    bound = floor.floor(floor.work("mio", CASE.rows, CASE.dim, 4, True, "cpu"), rates).seconds
+    assert few["share"] == pytest.approx(bound / 2.0, rel=1e-4)
+    one = loss.report_row(CASE, "eager", found, None, rates, "cpu")  # too long for more than the first
+    assert one["p20_ms"] == one["median_ms"] == one["p80_ms"] == 9000 and one["steps"] == 1
+
+
 # --- budget
 
 
