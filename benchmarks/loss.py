@@ -2,7 +2,7 @@
 """How fast and how large is one step of the loss, how near the floor, and beside what a user would pick instead?
 
     python benchmarks/loss.py                    # CPU or GPU, whatever is there; within --budget seconds
-    python benchmarks/loss.py --cases mio:8192:128 siglip:4096:768:bfloat16:forward --output /tmp/loss.json
+    python benchmarks/loss.py --cases mio:8192:128 siglip:4096:768:bfloat16:forward --output loss.json
 
 Writes benchmarks/results/<device>/loss.json and .csv; benchmarks/report.py makes tables and plots of them.
 
