@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import shlex
@@ -52,13 +53,17 @@ def version(package: str) -> str | None:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """The head of a data file."""
+    """The head of a data file. A machine that does other things at the start is told off."""
+    load = os.getloadavg()[0]
+    if load > 0.5 * (os.cpu_count() or 1):
+        print(f"warning: load average {load:.1f}: other programs are running, these times will not do", file=sys.stderr)
     commit = output_of("git", "rev-parse", "--short", "HEAD")
     head: dict[str, Any] = {
         "command": shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": commit + ("+changes" if output_of("git", "status", "--porcelain") else ""),
         "device_type": device,
+        "load_average": round(load, 2),
     }
     if device == "cuda":
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()

@@ -96,7 +96,8 @@ def scales(axis: Axes, rows: list[int], kind: str) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
     if kind == "speedup":
         low, high = axis.get_ylim()
-        low, high = min(low, 0.6), max(high, 10)
+        high = max(high, 10)
+        low = min(low, high**-0.15)  # room for the words
         axis.axhspan(low, 1, color="#F3DCDC", zorder=0)
         axis.text(0.98, 0.02, "below 1: mio_ext loses", transform=axis.transAxes, ha="right", va="bottom", fontsize=8.5)
         axis.set_ylim(low, high)

@@ -327,7 +327,7 @@ def step_report(path: Path) -> str:
         cases.setdefault((row["model"], row["image_size"], row["batch"]), {})[row["contender"]] = row
     names = list(dict.fromkeys(n for contenders in cases.values() for n in contenders))
     rows = []
-    for (model, pixels, batch), contenders in cases.items():
+    for (model, pixels, batch), contenders in sorted(cases.items()):
         rest = next((r["rest_ms"] for r in contenders.values() if r["status"] == "ok"), None)
         cells = [step_cell(contenders.get(n)) for n in names]
         rows.append([model, str(pixels), f"{batch:,}", "–" if rest is None else milliseconds(rest), *cells])

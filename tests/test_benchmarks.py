@@ -245,6 +245,14 @@ def test_report_writes_page_and_plots_and_sees_what_went_stale(results, monkeypa
     assert report.stale() == ["page.md", *(f"docs/plots/test-cpu-{plot}.png" for plot in tables.PLOT_NAMES)]
 
 
+def test_an_empty_place_is_filled_and_its_neighbour_kept(monkeypatch):
+    monkeypatch.setattr(report, "SECTIONS", {"one": lambda: "1", "two": lambda: "2"})
+    place = "<!-- {}: benchmarks/report.py -->\n{}<!-- end -->\n"
+    page = "".join(place.format(name, "{}") for name in ("one", "two"))
+    assert report.rendered(page.format("", "")) == page.format("1\n", "2\n")
+    assert report.rendered(page.format("a\nb\n", "c\n")) == page.format("1\n", "2\n")
+
+
 def test_unknown_section_is_an_error():
     with pytest.raises(SystemExit, match="no section 'nothing'"):
         report.rendered("<!-- nothing: benchmarks/report.py -->\n\n<!-- end -->")
