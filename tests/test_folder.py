@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
+"""Folders of images: labels stay with their images, splits stay apart, mistakes are told in plain words."""
+
+import re
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from train import folder
+from train.data import ImageData, load_data
+from train.run_folder import UserError
+
+COLOURS = {"cat": (250, 0, 0), "dog": (0, 250, 0), "owl": (0, 0, 250)}
+
+
+def save(path: Path, colour=(9, 9, 9), size=(12, 12), mode="RGB", **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+    return path
+
+
+def make_classes(root: Path, count: int, classes=COLOURS, suffix=".png") -> Path:
+    for name in classes:
+        for number in range(count):
+            save(root / name / f"{number:02d}{suffix}", COLOURS[name])
+    return root
+
+
+def load(path: Path, **options) -> ImageData:
+    """With a cache of its own beside the folder."""
+    return load_data(f"folder:{path}", root=path.parent / "root", **options)
+
+
+def assert_colours_are_labels(data: ImageData, classes=("cat", "dog", "owl")) -> None:
+    assert data.classes == classes
+    for split in (data.train, data.test):
+        assert len(split.images) == len(split.labels) > 0
+        for image, label in zip(split.images, split.labels, strict=True):
+            expected = torch.tensor(COLOURS[classes[label]])
+            assert (image.flatten(1).float().mean(1) - expected).abs().max() < 8
+
+
+def test_labels_are_the_first_directories_at_any_depth(tmp_path):
+    root = make_classes(tmp_path / "pets", 10)
+    save(root / "owl" / "barn" / "young" / "A.JPEG", COLOURS["owl"])
+    for skipped in (".hidden.png", "__MACOSX/a.png", "cat/._00.png", ".git/b.png"):
+        save(root / skipped)
+    (root / "cat" / "notes.txt").write_text("not an image")
+    (root / "owl" / "barn" / "loop").symlink_to(root)
+    data = load(root)
+    assert data.name == "folder-pets"
+    assert len(data.train) + len(data.test) == 31
+    assert (data.channels, data.size, data.pretrain.dtype) == (3, 12, torch.uint8)
+    assert data.train.images.data_ptr() == data.pretrain.data_ptr()
+    assert len(data.pretrain) == len(data.train), "held-out images must not be pre-trained on"
+    assert_colours_are_labels(data)
+
+
+def test_a_linked_folder_counts(tmp_path):
+    make_classes(tmp_path / "elsewhere", 4)
+    (tmp_path / "pets").mkdir()
+    for name in COLOURS:
+        (tmp_path / "pets" / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert_colours_are_labels(load(tmp_path / "pets"))
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_train_and_test_folders_are_the_splits(tmp_path, held_out):
+    root = tmp_path / "pets"
+    make_classes(root / "train", 3)
+    make_classes(root / held_out, 2, ("owl", "cat"))  # not all classes, and labels still those of train
+    data = load(root)
+    assert (len(data.pretrain), len(data.train), len(data.test)) == (9, 9, 4)
+    assert_colours_are_labels(data)
+
+
+def test_a_test_class_unknown_to_train_is_refused(tmp_path):
+    make_classes(tmp_path / "pets" / "train", 2, ("cat", "dog"))
+    make_classes(tmp_path / "pets" / "test", 2)
+    with pytest.raises(UserError, match=r"class 'owl' of .*test is not among those of .*train"):
+        load(tmp_path / "pets")
+
+
+def test_an_unlabelled_test_folder_is_not_used(tmp_path, capsys):
+    make_classes(tmp_path / "pets" / "train", 10)
+    save(tmp_path / "pets" / "test" / "0.png")
+    data = load(tmp_path / "pets")
+    assert (len(data.train), len(data.test)) == (27, 3)
+    assert_colours_are_labels(data)
+    assert "test has no labelled images: a tenth of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["flat", "mixed", "one folder", "one image each", "split"])
+def test_unlabelled_images_have_no_splits(tmp_path, layout, capsys):
+    root = tmp_path / "pets"
+    paths = {
+        "flat": ["a.png", "b.png"],
+        "mixed": ["a.png", "cat/b.png", "dog/c.png"],
+        "one folder": ["cat/a.png", "cat/x/b.png"],
+        "one image each": ["cat/a.png", "dog/b.png"],
+        "split": ["train/a.png", "train/b.png", "test/c.png"],
+    }[layout]
+    for path in paths:
+        save(root / path)
+    data = load(root)
+    assert len(data.pretrain) == (2 if layout == "split" else len(paths))
+    assert (data.train, data.test, data.classes) == (None, None, ())
+    assert "taken as unlabelled" in capsys.readouterr().out
+
+
+def test_the_hold_out_is_stratified_disjoint_and_stable(tmp_path):
+    root = tmp_path / "pets"
+    for name, count in (("cat", 40), ("dog", 20), ("owl", 2)):
+        make_classes(root, count, (name,))
+    listing = folder.list_images(root)
+    train, test = listing.files[: listing.train_files], listing.files[listing.train_files :]
+    assert not {file.path for file in train} & {file.path for file in test}
+    assert np.bincount(listing.labels[listing.train_files :]).tolist() == [4, 2, 1]
+    assert folder.list_images(root) == listing
+    other = tmp_path / "moved"
+    root.rename(other)
+    assert [file.path for file in folder.list_images(other).files] == [file.path for file in listing.files]
+
+
+# Folders: decoding
+
+
+def test_orientation_modes_and_crop(tmp_path):
+    root = tmp_path / "mix"
+    turned = Image.new("RGB", (16, 16), "black")
+    turned.paste((255, 255, 255), (0, 0, 16, 8))  # the upper half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter clockwise: then the right half is white
+    root.mkdir()
+    turned.save(root / "a.png", exif=exif)
+    save(root / "b.png", 100, mode="L", size=(16, 16))
+    save(root / "c.png", (0, 0, 0, 0), mode="RGBA", size=(16, 16))
+    Image.fromarray(np.full((16, 16), 200 * 256, np.uint16)).save(root / "d.png")
+    wide = Image.new("RGB", (48, 16), (255, 0, 0))
+    wide.paste((0, 0, 255), (16, 0, 32, 16))  # only the central square is blue
+    wide.save(root / "e.png")
+    upright, gray, transparent, deep, cropped = load(root, image_size=16).pretrain
+    assert upright[:, :, :8].max() == 0 and upright[:, :, 8:].min() == 255
+    assert gray.unique().tolist() == [100]
+    assert transparent.unique().tolist() == [255]
+    assert deep.unique().tolist() == [200]
+    assert cropped.flatten(1).unique(dim=1).flatten().tolist() == [0, 0, 255]
+
+
+def test_the_stored_size(tmp_path, capsys):
+    root = make_classes(tmp_path / "pets", 2)
+    assert load(root).size == 12
+    assert "--image-size" not in capsys.readouterr().out
+    assert load(root, image_size=20).size == 20
+    save(root / "cat" / "wide.png", size=(12, 30))
+    assert load(root).size == 64
+    assert "are stored at 64 pixels (--image-size chooses)" in capsys.readouterr().out
+
+
+def damage(path: Path) -> None:
+    """The first half of the file, as an interrupted copy leaves it."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_images_take_their_labels_with_them(tmp_path, capsys):
+    root = make_classes(tmp_path / "pets", 10, suffix=".jpg")
+    for name in ("cat/03.jpg", "dog/00.jpg", "dog/01.jpg"):
+        damage(root / name)
+    (root / "dog" / "empty.png").touch()
+    for message in ("decoding 31 images", "reused from"):
+        data = load(root)
+        assert len(data.train) + len(data.test) == 27
+        assert_colours_are_labels(data)
+        captured = capsys.readouterr()
+        assert message in captured.out
+        warning = re.match(r"warning: 4 damaged images of .* are left out: .*, \.\.\. \(all .* in (.*)\)", captured.err)
+        listed = Path(warning[1]).read_text().splitlines()
+        names = sorted(line.split("\t")[0] for line in listed)
+        assert names == ["cat/03.jpg", "dog/00.jpg", "dog/01.jpg", "dog/empty.png"]
+        assert all("Error: " in line for line in listed)
+
+
+def test_a_decompression_bomb_is_left_out(tmp_path, monkeypatch, capsys):
+    root = make_classes(tmp_path / "pets", 4)
+    save(root / "cat" / "bomb.png", size=(90, 90))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    data = load(root, image_size=8)
+    assert len(data.train) + len(data.test) == 12
+    assert "1 damaged images of" in capsys.readouterr().err
+
+
+def test_folders_without_images_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--data folder:.*/none: no such folder"):
+        load(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--data folder:.*/file: not a folder"):
+        load(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--data folder:.*/empty: no images there \(.jpg"):
+        load(tmp_path / "empty")
+    damage(save(tmp_path / "broken" / "a.png"))
+    with pytest.raises(UserError, match=r"none of its images can be decoded; a.png: .*Error"):
+        load(tmp_path / "broken")
+    monkeypatch.setattr(folder.os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied", path)))
+    with pytest.raises(UserError, match=r"cannot read .*/empty.*: denied"):
+        load(tmp_path / "empty")
+
+
+def test_an_unreadable_file_stops_instead_of_being_cached(tmp_path, monkeypatch):
+    root = make_classes(tmp_path / "pets", 2)
+    opened = Image.open
+
+    def fail(path):
+        if path.name == "01.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path)
+
+    monkeypatch.setattr(folder.Image, "open", fail)
+    with pytest.raises(UserError, match=r"cannot read .*01.png: Permission denied"):
+        load(root)
+    assert not list((tmp_path / "root" / "cache").iterdir())
+
+
+# Folders: the cache
+
+
+def test_the_cache_saves_decoding_until_something_changes(tmp_path, monkeypatch, capsys):
+    root = make_classes(tmp_path / "pets", 4)
+    first = load(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "decode", lambda *arguments: pytest.fail("decoded again"))
+        again = load(root)
+    assert "are reused from" in capsys.readouterr().out
+    assert torch.equal(again.pretrain, first.pretrain)
+    assert torch.equal(again.test.labels, first.test.labels)
+    assert again.classes == first.classes
+    save(root / "cat" / "00.png", (80, 80, 80))
+    changed = load(root)
+    assert not torch.equal(
+        torch.cat([changed.pretrain, changed.test.images]), torch.cat([first.pretrain, first.test.images])
+    )
+    assert not [path for path in (tmp_path / "root" / "cache").iterdir() if path.name.startswith(".")]
+
+
+def test_a_cache_that_is_not_whole_is_made_again(tmp_path):
+    root = make_classes(tmp_path / "pets", 4)
+    first = load(root)
+    (array,) = (tmp_path / "root" / "cache").glob("*.npy")
+    damage(array)
+    assert torch.equal(load(root).pretrain, first.pretrain)
+
+
+def test_two_runs_at_once_write_the_same_cache(tmp_path):
+    root = make_classes(tmp_path / "pets", 8)
+    loaded, threads = [], []
+    for _ in range(3):
+        threads.append(threading.Thread(target=lambda: loaded.append(load(root))))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 3
+    assert all(torch.equal(data.pretrain, load(root).pretrain) for data in loaded)
+
+
+def test_a_memory_map_holds_the_same(tmp_path, monkeypatch, recwarn):
+    root = make_classes(tmp_path / "pets", 8)
+    resident = load(root)
+    monkeypatch.setattr(folder, "free_memory", lambda: 1000)
+    monkeypatch.setattr(torch, "from_numpy", checked_memory_map(torch.from_numpy))
+    mapped = load(root)
+    assert torch.equal(mapped.pretrain, resident.pretrain)
+    assert torch.equal(mapped.test.images, resident.test.images)
+    assert_colours_are_labels(mapped)
+    torch.testing.assert_close(mapped.mean_std(), resident.mean_std())
+    assert not recwarn.list
+
+
+def checked_memory_map(from_numpy):
+    def check(array):
+        assert isinstance(array, np.memmap)
+        return from_numpy(array)
+
+    return check
+
+
+def test_a_full_disk_is_told_before_decoding(tmp_path, monkeypatch):
+    root = make_classes(tmp_path / "pets", 4)
+    monkeypatch.setattr(folder, "decode", lambda *arguments: pytest.fail("decoded"))
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
+    with pytest.raises(UserError, match=r"decoded images need 0.04 GB under .*cache, where 0.01 GB are free"):
+        load(root, image_size=1000)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*--data-root"):
+        load_data(f"folder:{root}", root=tmp_path / "file")
+
+
+def test_free_memory_is_plausible():
+    assert 2**20 < folder.free_memory() < 2**50
