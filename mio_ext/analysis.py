@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, losses, ops
 from .checks import Number
 from .reference import PairStats
 
@@ -73,16 +73,9 @@ def gradient_parts(
         TypeError, ValueError, RuntimeError: as :func:`mio_ext.mio_loss`.
     """
     op = "gradient_parts"
-    checks.check_features(op, z1=z1, z2=z2)
-    if z2.shape != z1.shape or len(z1) < 2:
-        raise ValueError(f"{op}: z1 and z2 must both be [B, D] with B >= 2, got {list(z1.shape)} and {list(z2.shape)}")
+    scale, bias, regularizer, _ = losses.mio_arguments(op, z1, z2, temperature, negative_temperature, regularizer, bias)
     batch, dim = z1.shape
-    n = 2 * batch
-    negative_temperature = temperature if negative_temperature is None else negative_temperature
-    temperature = checks.check_number(op, "temperature", temperature, z1, positive=True)
-    negative_temperature = checks.check_number(op, "negative_temperature", negative_temperature, z1, positive=True)
-    bias = checks.check_number(op, "bias", 0.0 if bias is None else bias, z1)
-    regularizer = checks.check_number(op, "regularizer", regularizer, z1)
+    positive, negative, linear = losses.mio_weights(batch, dim, regularizer, None)
     backend = ops.choose_backend(op, backend, z1.device)
     z = torch.cat([z1.detach(), z2.detach()]).to(checks.loss_dtype(z1.dtype)).requires_grad_()
 
@@ -90,7 +83,7 @@ def gradient_parts(
         with torch.enable_grad():
             loss, _ = ops.pairwise_bce(
                 z,
-                scale=(1 / temperature, 1 / negative_temperature),
+                scale=scale,
                 bias=bias,
                 weights=weights,
                 shift=batch,
@@ -100,11 +93,7 @@ def gradient_parts(
             )
             return torch.autograd.grad(loss, z)[0]
 
-    return GradientParts(
-        part((1 / n, 0.0, 0.0)),
-        part((0.0, 1 / (n * (n - 2)), 0.0)),
-        part((0.0, 0.0, regularizer / (batch * dim))),
-    )
+    return GradientParts(part((positive, 0.0, 0.0)), part((0.0, negative, 0.0)), part((0.0, 0.0, linear)))
 
 
 def js_estimate(stats: PairStats) -> Tensor:

@@ -85,7 +85,7 @@ def mio_loss(
             return_stats=return_stats,
         )
     scale, bias, regularizer, ids = losses.mio_arguments(
-        z1, z2, temperature, negative_temperature, regularizer, bias, labels, processes=world
+        op, z1, z2, temperature, negative_temperature, regularizer, bias, labels, processes=world
     )
     backend = ops.choose_backend(op, backend, z1.device)
     batch, dim = z1.shape

@@ -58,8 +58,9 @@ def mio_loss(
 
     Source: arXiv 2111.12664, version 1.
     """
+    op = "mio_loss"
     scale, bias, regularizer, ids = mio_arguments(
-        z1, z2, temperature, negative_temperature, regularizer, bias, labels, processes=1
+        op, z1, z2, temperature, negative_temperature, regularizer, bias, labels
     )
     batch, dim = z1.shape
     loss, stats = ops.pairwise_bce(
@@ -71,26 +72,26 @@ def mio_loss(
         shift=batch,
         exclude_self=True,
         normalize=True,
-        backend=ops.choose_backend("mio_loss", backend, z1.device),
+        backend=ops.choose_backend(op, backend, z1.device),
     )
     return (loss, stats) if return_stats else loss
 
 
 def mio_arguments(
+    op: str,
     z1: Tensor,
     z2: Tensor,
     temperature: Number,
     negative_temperature: Number | None,
     regularizer: Number,
     bias: Number | None,
-    labels: Tensor | None,
-    processes: int,
+    labels: Tensor | None = None,
+    processes: int = 1,
 ) -> tuple[tuple[Number, Number], Number, Number, Tensor | None]:
     """((a_p, a_n), b, λ, ids of the rows [z1; z2]) from the checked arguments of :func:`mio_loss`.
 
-    ``processes`` share the batch, each with B rows of it.
+    Errors name ``op``. ``processes`` share the batch, each with B rows of it.
     """
-    op = "mio_loss"
     checks.check_features(op, z1=z1, z2=z2)
     if z2.shape != z1.shape:
         raise ValueError(f"{op}: z2 must be [B, D] like z1 ({list(z1.shape)}), got {list(z2.shape)}")

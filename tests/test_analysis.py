@@ -97,8 +97,16 @@ class TestGradientParts:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ((torch.ones(4, 3), torch.ones(5, 3)), ValueError, r"gradient_parts: z1 and z2 must both be \[B, D\]"),
-            ((torch.ones(1, 3), torch.ones(1, 3)), ValueError, r"with B >= 2, got \[1, 3\] and \[1, 3\]"),
+            (
+                (torch.ones(4, 3), torch.ones(5, 3)),
+                ValueError,
+                r"gradient_parts: z2 must be \[B, D\] like z1 \(\[4, 3\]\), got \[5, 3\]",
+            ),
+            (
+                (torch.ones(1, 3), torch.ones(1, 3)),
+                ValueError,
+                r"gradient_parts: z1 must have at least 2 rows, .*, got \[1, 3\]",
+            ),
             ((torch.ones(4, 3), torch.ones(4, 3).double()), TypeError, "gradient_parts: z2 must be torch.float32"),
         ],
     )
