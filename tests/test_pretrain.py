@@ -288,9 +288,9 @@ def test_out_of_memory_suggests_a_smaller_batch(error, monkeypatch, capsys):
     def raise_it(*arguments):
         raise error
 
-    monkeypatch.setattr(pretrain, "main", raise_it)
-    assert pretrain.run([]) == 2
-    assert capsys.readouterr().err == "pretrain.py: out of memory: try a smaller --batch-size\n"
+    monkeypatch.setattr(pretrain, "set_up", raise_it)
+    assert pretrain.run(["--batch-size", "96"]) == 2
+    assert capsys.readouterr().err == "pretrain.py: out of memory: try --batch-size 48\n"
     error.args = ("a bug",)
     if type(error) is RuntimeError:
         with pytest.raises(RuntimeError, match="a bug"):

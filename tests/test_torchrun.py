@@ -291,7 +291,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        ("MemoryError('cannot allocate memory')", "pretrain.py: out of memory: try a smaller --batch-size"),
+        ("MemoryError('cannot allocate memory')", "pretrain.py: out of memory: try --batch-size 8"),
         ("KeyError('a bug')", "KeyError: 'a bug'"),
     ],
 )

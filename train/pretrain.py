@@ -327,8 +327,17 @@ def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> Non
     if args.print_config:
         print(config.to_toml(), end="")
         return
+    try:
+        pretrain(config, processes, args.dry_run)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: try --batch-size {max(config.batch_size // 2, 2)}") from error
+
+
+def pretrain(config: Config, processes: Processes, try_only: bool) -> None:
     setup = set_up(config, processes)
-    if args.dry_run:
+    if try_only:
         dry_run(config, setup)
         return
     folder, checkpoint = processes.from_first(lambda: open_run(config, setup))
@@ -416,10 +425,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         processes.fail("pretrain.py: interrupted")
         return 130
-    except Exception as error:
-        if is_out_of_memory(error):
-            processes.fail("pretrain.py: out of memory: try a smaller --batch-size")
-            return 2
+    except Exception:
         if processes.count == 1:
             raise
         processes.fail(traceback.format_exc())
