@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA backend's host code on CPU tensors, with its kernels in cuda_emulator.h: mio_ext_emulated::pairwise_bce is
-// mio_ext::pairwise_bce, with chunks of few bytes and few multiprocessors. tests/test_cuda.py builds it.
+// The CUDA backend's host code on CPU tensors, with its kernels in cuda_emulator.h: mio_ext_emulated::portable is
+// mio_ext::pairwise_bce, with chunks of few bytes and few multiprocessors; ::hopper takes the kernel for compute
+// capability 9.0 where there is one. tests/test_cuda.py builds it.
 #include <torch/library.h>
 
 #include "cuda/pairwise_bce_host.h"
@@ -8,6 +9,7 @@
 namespace mio_ext {
 namespace {
 
+template <bool kHopper>
 Outputs emulated(const at::Tensor& x, const std::optional<at::Tensor>& y, const std::optional<at::Tensor>& x_ids,
                  const std::optional<at::Tensor>& y_ids, const std::optional<at::Tensor>& params,
                  at::ArrayRef<double> constants, int64_t shift, int64_t offset, bool exclude_self, bool normalize,
@@ -17,19 +19,22 @@ Outputs emulated(const at::Tensor& x, const std::optional<at::Tensor>& y, const 
   constexpr int kMultiprocessors = 3;
   constexpr int64_t kSmallChunk = 1;  // the least there can be
   return run_pairwise_bce(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad, x2,
-                          kMultiprocessors, kSmallChunk, nullptr);
+                          kMultiprocessors, kHopper, kSmallChunk, nullptr);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(mio_ext_emulated, m) {
-  m.def(
-      "pairwise_bce(Tensor x, Tensor? y, Tensor? x_ids, Tensor? y_ids, Tensor? params, float[] constants, SymInt "
-      "shift, "
-      "SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad, Tensor? x2=None) -> (Tensor, Tensor, "
-      "Tensor, Tensor, "
-      "Tensor)");
+  const std::string arguments =
+      "(Tensor x, Tensor? y, Tensor? x_ids, Tensor? y_ids, Tensor? params, float[] constants, SymInt shift, "
+      "SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad, Tensor? x2=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)";
+  m.def(("portable" + arguments).c_str());
+  m.def(("hopper" + arguments).c_str());
 }
-TORCH_LIBRARY_IMPL(mio_ext_emulated, CPU, m) { m.impl("pairwise_bce", emulated); }
+TORCH_LIBRARY_IMPL(mio_ext_emulated, CPU, m) {
+  m.impl("portable", emulated<false>);
+  m.impl("hopper", emulated<true>);
+}
 
 }  // namespace mio_ext

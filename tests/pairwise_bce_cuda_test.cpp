@@ -115,7 +115,8 @@ struct Outputs {
 };
 
 Outputs run(const Type& type, const Case& c, const LossParams& params, const Input& x, const Input& y,
-            const std::vector<int64_t>& x_ids, const std::vector<int64_t>& y_ids, int multiprocessors, bool in_tensor) {
+            const std::vector<int64_t>& x_ids, const std::vector<int64_t>& y_ids, int multiprocessors, bool hopper,
+            bool in_tensor) {
   const int64_t k = c.k ? c.k : c.m;
   Outputs out{0, std::vector<float>(c.m * c.d), std::vector<float>(c.k * c.d), std::vector<double>(8)};
   Buffer loss(4, 4), stats(64, 8), dx(out.dx.size() * 4, 4), dy(out.dy.size() * 4 + 4, 4), x_id(c.m * 8, 8),
@@ -145,6 +146,7 @@ Outputs run(const Type& type, const Case& c, const LossParams& params, const Inp
   p.dx = dx.as<float>(), p.dy = c.k ? dy.as<float>() : nullptr;
   p.dparams = dparams.as<float>();
   p.multiprocessors = multiprocessors;
+  p.hopper = hopper;
   Buffer workspace(workspace_bytes(p), 256);
   p.workspace = workspace.data();
   launch_pairwise_bce(p, nullptr);
@@ -157,7 +159,7 @@ Outputs run(const Type& type, const Case& c, const LossParams& params, const Inp
   return out;
 }
 
-bool check(const Type& type, const Case& c, int multiprocessors) {
+bool check(const Type& type, const Case& c, int multiprocessors, bool hopper) {
   const int64_t k = c.k ? c.k : c.m;
   const int stride = c.d % 2 ? 2 : 1;
   const Input x(type, c.m, c.d, stride, 1), y(type, k, c.d, stride, 2);
@@ -166,8 +168,8 @@ bool check(const Type& type, const Case& c, int multiprocessors) {
   for (int64_t j = 0; j < k; ++j) y_ids[j] = (j * 3 % 5) << 40;
   const LossParams params{4, 3, -0.5, 0.5, 1.0 / 64, c.normalize ? 0.25 : 0.0};  // exact in float32
   const Result expected = by_double_loop(c, x.values, y.values, x_ids, y_ids, params);
-  const Outputs out = run(type, c, params, x, y, x_ids, y_ids, multiprocessors, false);
-  const Outputs again = run(type, c, params, x, y, x_ids, y_ids, multiprocessors, true);
+  const Outputs out = run(type, c, params, x, y, x_ids, y_ids, multiprocessors, hopper, false);
+  const Outputs again = run(type, c, params, x, y, x_ids, y_ids, multiprocessors, hopper, true);
 
   const double loss_error = std::abs(out.loss / expected.loss - 1);
   // At D = 1 eq. (10) leaves no gradient.
@@ -179,10 +181,22 @@ bool check(const Type& type, const Case& c, int multiprocessors) {
   const bool good =
       loss_error < type.loss_limit && dx_error < type.gradient_limit && dy_error < type.gradient_limit && same;
   if (!good || std::getenv("MIO_VERBOSE"))
-    std::printf("%s %s m=%ld k=%ld d=%ld ids=%d, %d multiprocessors: loss %.1e dx %.1e dy %.1e%s\n",
-                good ? "ok" : "FAILED", type.name, long(c.m), long(c.k), long(c.d), c.ids, multiprocessors, loss_error,
-                dx_error, dy_error, same ? "" : ", other bits in other order");
+    std::printf("%s %s%s m=%ld k=%ld d=%ld ids=%d, %d multiprocessors: loss %.1e dx %.1e dy %.1e%s\n",
+                good ? "ok" : "FAILED", type.name, hopper ? " hopper" : "", long(c.m), long(c.k), long(c.d), c.ids,
+                multiprocessors, loss_error, dx_error, dy_error, same ? "" : ", other bits in other order");
   return good;
+}
+
+bool has_hopper() {
+#if defined(__CUDACC__)
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return hopper_is_built() && major == 9 && minor == 0;
+#else
+  return true;
+#endif
 }
 
 // special columns against the definition, for every row; cross() may only err on the safe side.
@@ -244,14 +258,15 @@ int main(int argc, char** argv) {
       {140, 0, 256, 70, 0, true, true, false},   {80, 150, 256, 0, 200, false, true, false},
       {66, 0, 40, 0, 0, true, true, true},       {50, 0, 1, 25, 0, true, true, false},
       {100, 150, 70, 20, 9, true, false, false}, {150, 100, 128, 0, 0, false, false, true},
+      {20, 1100, 64, 3, 500, true, true, false}, {10, 600, 130, 0, 30, false, true, false},  // more tiles than stages
   };
   int failures = !check_maps(), count = 0;
   for (const Type& type : kTypes)
     for (const Case& c : cases)
       for (int multiprocessors : {1, 6}) {  // one column range, and several
         if (quick && c.d > 64) continue;
-        failures += !check(type, c, multiprocessors);
-        ++count;
+        failures += !check(type, c, multiprocessors, false), ++count;
+        if (type.bytes == 2 && has_hopper()) failures += !check(type, c, multiprocessors, true), ++count;
       }
   std::printf("%d failures in %d cases and the index maps\n", failures, count);
   return failures != 0;

@@ -28,8 +28,8 @@ def test_build_without_cuda_says_so(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def emulated_op():
-    """The op in the emulator; chunks are of 128 rows."""
+def emulated_ops():
+    """The op in the emulator, with each of its kernels; chunks are of 128 rows."""
     folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
     sources = [ROOT / "tests" / "cuda_emulated_op.cpp"]
@@ -48,21 +48,31 @@ def emulated_op():
         build_directory=str(folder),
         is_python_module=False,
     )
-    return torch.ops.mio_ext_emulated.pairwise_bce
+    return torch.ops.mio_ext_emulated
 
 
 @pytest.fixture
-def emulated(emulated_op, monkeypatch):
+def emulated(emulated_ops, monkeypatch, request):
     """backend="cpu" is the emulator's."""
-    monkeypatch.setattr(torch.ops.mio_ext, "pairwise_bce", emulated_op)
+    kernel = getattr(request, "param", "portable")
+    monkeypatch.setattr(torch.ops.mio_ext, "pairwise_bce", getattr(emulated_ops, kernel))
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize(
+    "emulated, dtype, precision",
+    [
+        ("portable", torch.float32, "highest"),
+        ("portable", torch.float32, "high"),
+        ("portable", torch.bfloat16, "highest"),
+        ("portable", torch.float16, "highest"),
+        ("hopper", torch.bfloat16, "highest"),
+        ("hopper", torch.float16, "highest"),
+    ],
+    indirect=["emulated"],
+    ids=str,
+)
 @pytest.mark.parametrize("batch, dim", [(2, 3), (75, 40), (40, 130), (100, 300)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_mio_loss(batch, dim, dtype, precision, emulated):
-    if precision == "high" and dtype != torch.float32:
-        pytest.skip("16 bits know no precision")
     torch.set_float32_matmul_precision(precision)
     try:
         (loss, grad), (plain, plain_grad), (exact, exact_grad) = both(

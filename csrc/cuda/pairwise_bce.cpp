@@ -24,14 +24,18 @@ Outputs pairwise_bce(const at::Tensor& x, const std::optional<at::Tensor>& y, co
   check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad, x2);
   check_supported(x, y, x2);
   const c10::cuda::CUDAGuard guard(x.device());
-  const int device = x.get_device(), capability = device_attribute(cudaDevAttrComputeCapabilityMajor, device);
-  TORCH_CHECK(capability >= 8, "pairwise_bce: backend 'cuda' needs compute capability 8.0 or later, got ", capability,
-              ".x");
+  const int device = x.get_device(), major = device_attribute(cudaDevAttrComputeCapabilityMajor, device),
+            minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  TORCH_CHECK(major >= 8, "pairwise_bce: backend 'cuda' needs compute capability 8.0 or later, got ", major, ".",
+              minor);
+  // Small batches go to the kernel that does it all in one launch.
+  const int64_t m = x.size(0) + (x2 ? x2->size(0) : 0), k = y ? y->size(0) : m;
+  const bool hopper = hopper_is_built() && major == 9 && minor == 0 && std::max(m, k) > kTogetherRows;
   // The library's products are of these types and no others.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Outputs outputs =
       run_pairwise_bce(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad, x2,
-                       device_attribute(cudaDevAttrMultiProcessorCount, device), kChunkBytes,
+                       device_attribute(cudaDevAttrMultiProcessorCount, device), hopper, kChunkBytes,
                        c10::cuda::getCurrentCUDAStream(x.device().index()));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return outputs;

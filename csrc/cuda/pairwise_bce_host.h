@@ -81,8 +81,8 @@ inline Outputs run_pairwise_bce(const at::Tensor& x, const std::optional<at::Ten
                                 const std::optional<at::Tensor>& x_ids, const std::optional<at::Tensor>& y_ids,
                                 const std::optional<at::Tensor>& params, at::ArrayRef<double> constants, int64_t shift,
                                 int64_t offset, bool exclude_self, bool normalize, std::array<bool, 3> needs_grad,
-                                const std::optional<at::Tensor>& x2, int multiprocessors, int64_t chunk_bytes,
-                                Stream stream) {
+                                const std::optional<at::Tensor>& x2, int multiprocessors, bool hopper,
+                                int64_t chunk_bytes, Stream stream) {
   using at::Tensor;
   const auto options = x.options().dtype(at::kFloat);
   const Tensor row_ids = x_ids ? x_ids->contiguous() : Tensor(), col_ids = y_ids ? y_ids->contiguous() : Tensor();
@@ -119,6 +119,7 @@ inline Outputs run_pairwise_bce(const at::Tensor& x, const std::optional<at::Ten
   problem.dy = needs_grad[1] ? dy.mutable_data_ptr<float>() : nullptr;
   problem.dparams = needs_grad[2] ? dparams.mutable_data_ptr<float>() : nullptr;
   problem.multiprocessors = multiprocessors;
+  problem.hopper = hopper;
   const Tensor workspace = at::empty({int64_t(workspace_bytes(problem))}, options.dtype(at::kByte));
   problem.workspace = workspace.mutable_data_ptr();
 

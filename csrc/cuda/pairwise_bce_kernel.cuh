@@ -106,9 +106,10 @@ struct Finish {
   }
 
   MIO_DEVICE void load(float (&z)[kEach], const Prepared& from, int row) const {
-    const Element* at = static_cast<const Element*>(from.z) + int64_t(row) * T::kWidth * A::kParts;
+    const auto* at = reinterpret_cast<const Element*>(static_cast<const unsigned char*>(from.z) +
+                                                      row_at(T::kTiled, row, T::kRowBytes));
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) z[i] = get_feature<A>(at, lane + i * kLanes, T::kWidth);
+    for (int i = 0; i < kEach; ++i) z[i] = get_feature<A>(at, feature_at(T::kTiled, row, lane + i * kLanes), T::kWidth);
   }
 
   MIO_DEVICE void add_parts(float (&g)[kEach], int row) const {

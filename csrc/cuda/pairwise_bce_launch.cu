@@ -8,6 +8,8 @@ extern template struct Launch<Bf16>;
 extern template struct Launch<Fp16>;
 extern template struct Launch<Tf32>;
 extern template struct Launch<Fp16x3>;
+extern template struct LaunchHopper<Bf16>;
+extern template struct LaunchHopper<Fp16>;
 extern template struct LaunchChunked<Bf16>;
 extern template struct LaunchChunked<Fp16>;
 extern template struct LaunchChunked<Fp32>;
@@ -18,6 +20,8 @@ int padded_width(const PairwiseBCECuda& in) {
   if (!is_fused(in)) return ceil_div(in.d, 16) * 16;
   return in.d <= 64 ? 64 : in.d <= 128 ? 128 : 256;
 }
+
+bool uses_hopper(const PairwiseBCECuda& in) { return in.hopper && takes_hopper(in); }
 
 // The smallest tiles of any kernel, so the most blocks there can be.
 constexpr int kSmallestBlockM = 64;
@@ -55,7 +59,8 @@ struct Workspace {
     y = in.y.data ? side(carver, in, in.k, in.y_ids) : x;
     if (is_fused(in)) {
       // Splits never make more blocks than twice the slots, if one block a row block does not.
-      const int64_t blocks = ceil_div(in.m, kSmallestBlockM), slots = int64_t(in.multiprocessors) * 4;
+      const int64_t blocks = ceil_div(in.m > in.k ? in.m : in.k, kSmallestBlockM),
+                    slots = int64_t(in.multiprocessors) * 4;
       n_records = int(2 * blocks + 2 * slots);
       n_tickets = 2 + ceil_div(in.m, kSmallestBlockM) + ceil_div(in.k, kSmallestBlockM);
     } else {
@@ -79,6 +84,7 @@ struct Workspace {
     p.back = carver.take<float>(p.n_pad);
     p.half_norm = carver.take<float>(p.n_pad);
     p.ids = ids;
+    p.tiled = uses_hopper(in);
     return p;
   }
 };
@@ -99,32 +105,39 @@ Pairs pairs_of(const PairwiseBCECuda& in) {
   return {in.m, in.k, in.shift, in.offset < in.k ? in.offset : in.k, in.exclude_self, false};
 }
 
-template <class A>
+// A sweep for each gradient that is wanted, and one for the loss alone if none is.
+template <class A, class L>
 void run(const PairwiseBCECuda& in, Stream stream) {
   const Workspace work(in);
-  const int width = padded_width(in);
   Sweep sweep{};
   sweep.prepare = prepare_of(in, work);
   sweep.prepares = true;
-  sweep.rows = work.x, sweep.cols = work.y;
-  sweep.pairs = pairs_of(in);
   sweep.results = {in.constants, in.params, in.loss, in.stats, in.dparams};
   sweep.d = in.d;
   sweep.normalize = in.normalize;
   sweep.loss = true;
   sweep.gradient_times = in.y.data ? 1 : 2;
-  sweep.grad = in.dx;
   sweep.records = work.records;
-  sweep.tickets = work.tickets;
-  Launch<A>::sweep(sweep, width, in.multiprocessors, work.parts, stream);
-  if (!in.dy) return;
-  sweep.prepares = false;
-  sweep.rows = work.y, sweep.cols = work.x;
-  sweep.pairs.transposed = true;
-  sweep.loss = false;
-  sweep.grad = in.dy;
-  sweep.tickets = work.tickets + 1 + ceil_div(in.m, kSmallestBlockM);
-  Launch<A>::sweep(sweep, width, in.multiprocessors, work.parts, stream);
+  sweep.pairs = pairs_of(in);
+  if (in.dx || !in.dy) {
+    sweep.rows = work.x, sweep.cols = work.y;
+    sweep.grad = in.dx;
+    sweep.tickets = work.tickets;
+    L::sweep(sweep, padded_width(in), in.multiprocessors, work.parts, stream);
+    sweep.prepares = sweep.loss = false;
+  }
+  if (in.dy) {
+    sweep.rows = work.y, sweep.cols = work.x;
+    sweep.pairs.transposed = true;
+    sweep.grad = in.dy;
+    sweep.tickets = work.tickets + 1 + ceil_div(in.m, kSmallestBlockM);
+    L::sweep(sweep, padded_width(in), in.multiprocessors, work.parts, stream);
+  }
+}
+
+template <class A>
+void run_half(const PairwiseBCECuda& in, Stream stream) {
+  uses_hopper(in) ? run<A, LaunchHopper<A>>(in, stream) : run<A, Launch<A>>(in, stream);
 }
 
 template <class F>
@@ -145,13 +158,13 @@ size_t workspace_bytes(const PairwiseBCECuda& problem) {
 void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream) {
   switch (problem.arithmetic) {
     case Arithmetic::kBf16:
-      return run<Bf16>(problem, stream);
+      return run_half<Bf16>(problem, stream);
     case Arithmetic::kFp16:
-      return run<Fp16>(problem, stream);
+      return run_half<Fp16>(problem, stream);
     case Arithmetic::kTf32:
-      return run<Tf32>(problem, stream);
+      return run<Tf32, Launch<Tf32>>(problem, stream);
     case Arithmetic::kFp16x3:
-      return run<Fp16x3>(problem, stream);
+      return run<Fp16x3, Launch<Fp16x3>>(problem, stream);
     case Arithmetic::kFp32:
       break;  // is not fused
   }

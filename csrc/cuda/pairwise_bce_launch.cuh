@@ -34,6 +34,12 @@ struct Launch {
   static void sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream);
 };
 
+// The sweep for compute capability 9.0; instantiated in pairwise_bce_hopper.cu.
+template <class A>
+struct LaunchHopper {
+  static void sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream);
+};
+
 // Of the chunked path; instantiated in pairwise_bce_chunked.cu.
 template <class A>
 struct LaunchChunked {

@@ -18,14 +18,27 @@ namespace mio_ext {
 constexpr float kLn2 = 0.693147180559945f;
 constexpr float kLog2e = 1.442695040888963f;
 
+// The copy's rows one after the other, of row_bytes bytes each, or tiled: kRowMultiple rows after the others, and of
+// these 64 features after the others, laid out as hopper.cuh says. Where a row begins, in bytes; how many elements
+// further on its feature f is.
+MIO_HOST_DEVICE int64_t row_at(bool tiled, int row, int row_bytes) {
+  if (!tiled) return int64_t(row) * row_bytes;
+  return int64_t(row / kRowMultiple) * kRowMultiple * row_bytes + row % kRowMultiple * kBlockRowBytes;
+}
+MIO_HOST_DEVICE int feature_at(bool tiled, int row, int f) {
+  if (!tiled) return f;
+  return f / kBlockFeatures * (kRowMultiple * kBlockFeatures) + (f / 8 % 8 ^ row % 8) * 8 + f % 8;
+}
+
 // A side of the problem as prepare_kernel leaves it.
 struct Prepared {
-  void* z;             // [n_pad, parts, width] of what the tensor cores take
+  void* z;             // [n_pad, parts, width] of what the tensor cores take, or tiled
   float* inverse;      // [n_pad] the unit vector is z' inverse, for the copy z'; eq. (1)
   float* back;         // [n_pad] dL/dz = (I - z^ z^T) dL/dz^ back; eq. (10)
   float* half_norm;    // [n_pad] |z^|^2 / 2, for the distance in eq. (12)
   const int64_t* ids;  // [n] or nullptr
   int n, n_pad;
+  bool tiled;
 };
 
 // e = 2^-|t| of a base-2 logit t gives max(t, 0), and with one reciprocal sigma(t). NaN stays NaN.
@@ -164,10 +177,12 @@ MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
     power = float_of(uint32_t(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
   }
   float norm2 = 0;
-  Element* copy = static_cast<Element*>(out.z) + int64_t(row) * in.width * A::kParts;
+  auto* copy = reinterpret_cast<Element*>(static_cast<unsigned char*>(out.z) +
+                                          row_at(out.tiled, row, in.width * A::kParts * int(sizeof(Element))));
   for (int f = lane; f < in.width; f += 32) {
-    put_feature<A>(copy, f, in.width, f < d ? times_power(load(f), power) : Feature{});
-    const float v = get_feature<A>(copy, f, in.width);
+    const int at = feature_at(out.tiled, row, f);
+    put_feature<A>(copy, at, in.width, f < d ? times_power(load(f), power) : Feature{});
+    const float v = get_feature<A>(copy, at, in.width);
     norm2 += v * v;
   }
   norm2 = sum_lanes<32>(norm2);

@@ -49,6 +49,7 @@ struct Fp16x3 {
 // All of them fit into 99 KiB, the least that a GPU of capability 8.0 or later lets a block have.
 template <class Arithmetic, int kWidth_>
 struct Tile {
+  static constexpr bool kTiled = false;   // the rows are: see row_at()
   static constexpr int kWidth = kWidth_;  // features, padded
   // A block makes the gradient of this many features. Halves of 256 would not fit in registers: there the sweep is
   // done twice.
@@ -74,6 +75,11 @@ struct Tile {
 };
 
 constexpr int kRowMultiple = 128;  // prepared rows are padded to it; every kBlockM and kBlockN divides it
+
+// Tiled rows, as compute capability 9.0 takes them: blocks of 64 features of 16 bits, in each a row is 128 bytes, and
+// the 16-byte chunk c of row r lies at c ^ (r % 8).
+constexpr int kBlockRowBytes = 128;
+constexpr int kBlockFeatures = 64;
 
 // Rows in shared memory are whole multiples of 128 bytes, so equal columns of all rows share a bank. The 16-byte
 // chunk c of row r lies at c ^ (r % 8): eight rows of one chunk, or two neighbouring chunks of rows 0, 2, 4, 6

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sweep of pairwise_bce_kernel.cuh for compute capability 9.0: the same sums of the same pairs, but the matrix
+// products are four warps' at a time and run beside everything else.
+//
+// A block is two groups of four warps, each with 64 rows, and one that fetches column tiles into a ring, which
+// mbarriers guard. A group makes a tile's logits from shared memory, turns them into coefficients in registers, and
+// multiplies those with the same tile. That last product is started along with the next tile's logits, so the tensor
+// cores have both to do while the group waits; the two groups take turns at starting, so one of them is at its sigmoids
+// while the other's products run.
+//
+// prepare_row() lays rows out as the products read them, so a tile is one stretch of memory for each 64 features.
+#pragma once
+
+#include "hopper.cuh"
+#include "pairwise_bce_kernel.cuh"
+
+namespace mio_ext {
+
+template <class Arithmetic, int kWidth_>
+struct HopperTile {
+  static constexpr bool kTiled = true;
+  static constexpr int kWidth = kWidth_, kSlice = kWidth;
+  static constexpr int kRowBytes = 2 * kWidth;
+  static constexpr int kGroups = 2;
+  static constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;  // without the fetching ones, which come last
+  static constexpr int kFetchers = 128;
+  static constexpr int kGroupRows = 64;
+  static constexpr int kBlockM = kGroupRows * kGroups;
+  static constexpr int kBlockN = kWidth == 256 ? 64 : 128;
+  static constexpr int kStages = 4;
+  // Registers a thread: 65,536 in all, less than a third of them until the groups divide them up.
+  static constexpr int kFetcherRegisters = 24, kGroupRegisters = 240;
+
+  static constexpr int kBlocks = kWidth / kBlockFeatures;
+  static constexpr int kFactorsAt = kBlockN * kRowBytes;
+  static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 1023) / 1024 * 1024;
+  static constexpr int kColumnsAt = kBlockM * kRowBytes;  // the rows come first
+  static constexpr int kBarriersAt = kColumnsAt + kStages * kStageBytes;
+  static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
+};
+
+// A place in the ring of column tiles, in shared memory at `smem`.
+template <class T>
+struct Ring {
+  uint32_t smem;
+  int stage = 0;
+  uint32_t parity = 0;  // of the phase that this round ends
+
+  MIO_DEVICE uint32_t columns() const { return smem + T::kColumnsAt + stage * T::kStageBytes; }
+  MIO_DEVICE uint32_t full() const { return smem + T::kBarriersAt + 8 * stage; }
+  MIO_DEVICE uint32_t empty() const { return full() + 8 * T::kStages; }
+  MIO_DEVICE static uint32_t rows_there(uint32_t smem) { return smem + T::kBarriersAt + 16 * T::kStages; }
+  MIO_DEVICE void next() {
+    if (++stage == T::kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// One thread fetches the block's rows and tiles first to end - 1.
+template <class T>
+MIO_DEVICE void fetch(const Sweep& in, uint32_t smem, int first, int end) {
+  const auto* rows = static_cast<const unsigned char*>(in.rows.z) + int64_t(blockIdx.x) * (T::kBlockM * T::kRowBytes);
+  const uint32_t rows_there = Ring<T>::rows_there(smem);
+  mbarrier_arrive_expecting(rows_there, T::kBlockM * T::kRowBytes);
+  bulk_copy(smem, rows, T::kBlockM * T::kRowBytes, rows_there);
+  Ring<T> ring{smem};
+  for (int tile = first; tile < end; ++tile, ring.next()) {
+    const int col0 = tile * T::kBlockN;
+    const auto* columns = static_cast<const unsigned char*>(in.cols.z) + row_at(true, col0, T::kRowBytes);
+    mbarrier_wait(ring.empty(), ring.parity ^ 1);
+    mbarrier_arrive_expecting(ring.full(), T::kBlockN * (T::kRowBytes + 4));
+    for (int block = 0; block < T::kBlocks; ++block)
+      bulk_copy(ring.columns() + block * T::kBlockN * kBlockRowBytes, columns + block * kRowMultiple * kBlockRowBytes,
+                T::kBlockN * kBlockRowBytes, ring.full());
+    bulk_copy(ring.columns() + T::kFactorsAt, in.cols.inverse + col0, T::kBlockN * 4, ring.full());
+  }
+}
+
+// s = x y^T (2), but for the norms: the group's rows, and a tile of columns.
+template <class A, class T>
+MIO_DEVICE void start_logits(float (&s)[T::kBlockN / 8][4], Matrix rows, Matrix columns) {
+#pragma unroll
+  for (int step = 0; step < T::kWidth / 16; ++step) {
+    const uint32_t block = step / 4, inside = step % 4 * 32;
+    wgmma(typename A::Element{}, s, rows + (block * T::kBlockM * kBlockRowBytes + inside),
+          columns + (block * T::kBlockN * kBlockRowBytes + inside), step > 0);
+  }
+}
+
+// acc += g y (9), with coefficients as left_operand() makes them.
+template <class A, class T>
+MIO_DEVICE void start_gradient(float (&acc)[1][T::kWidth / 8][4], const uint32_t (&g)[T::kBlockN / 16][1][4],
+                               uint32_t columns_at) {
+  constexpr int kEach = T::kWidth < 128 ? T::kWidth : 128, kNextBlock = T::kBlockN * kBlockRowBytes;  // of a product
+  const Matrix columns(columns_at, kNextBlock);
+#pragma unroll
+  for (int step = 0; step < T::kBlockN / 16; ++step)
+#pragma unroll
+    for (int f = 0; f < T::kWidth; f += kEach)
+      wgmma(typename A::Element{}, reinterpret_cast<float (&)[kEach / 8][4]>(acc[0][f / 8]), g[step][0],
+            columns + (f / kBlockFeatures * kNextBlock + step * 16 * kBlockRowBytes));
+}
+
+template <int N>
+MIO_DEVICE void hold_all(float (&c)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) hold(c[n][i]);
+}
+
+// Grid: [row blocks, splits].
+template <class A, int kWidth, bool kIds>
+__global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A, kWidth>::kFetchers, 1)
+    sweep_hopper_kernel(const Sweep in) {
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  trap();  // such code is never chosen: launch_hopper_built() is false
+#else
+  using T = HopperTile<A, kWidth>;
+  constexpr int N = T::kBlockN / 8;
+  using Terms = std::conditional_t<kIds, LabelledTerms<A, 1>, NegativeTerms<A, 1> >;
+  const uint32_t smem = shared_address(shared_memory());
+  if (threadIdx.x == 0) {
+    if (smem % 1024 != 0) trap();
+    Ring<T> ring{smem};
+    for (int i = 0; i < T::kStages; ++i, ring.next())
+      mbarrier_init(ring.full(), 1), mbarrier_init(ring.empty(), T::kWarps);
+    mbarrier_init(Ring<T>::rows_there(smem), 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const int tiles = ceil_div(in.cols.n, T::kBlockN), first = blockIdx.y * in.tiles_per_split;
+  const int end = first + in.tiles_per_split < tiles ? first + in.tiles_per_split : tiles;
+  if (threadIdx.x >= T::kThreads) {
+    fewer_registers<T::kFetcherRegisters>();
+    if (threadIdx.x == T::kThreads) fetch<T>(in, smem, first, end);
+    return;
+  }
+  more_registers<T::kGroupRegisters>();
+
+  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
+  const int block_row0 = blockIdx.x * T::kBlockM, group_row0 = block_row0 + group * T::kGroupRows;
+  const int row0 = block_row0 + threadIdx.x / 32 * 16 + lane / 4;  // this thread's first
+  const Matrix rows(smem + group * T::kGroupRows * kBlockRowBytes);
+  const int my_turn = 1 + group, other_turn = 2 - group;
+  const Scales scales(read_params(in.results.constants, in.results.params));
+  Terms terms(in.rows, in.cols, row0, scales);
+  float acc[1][kWidth / 8][4] = {}, s[1][N][4];
+  uint32_t g[N / 2][1][4] = {};
+  if (group == 1) barrier_arrive(other_turn, T::kThreads);  // the first turn is the other's
+  mbarrier_wait(Ring<T>::rows_there(smem), 0);
+
+  Ring<T> ring{smem}, last{smem};
+  for (int tile = first; tile < end; ++tile, ring.next()) {
+    const int col0 = tile * T::kBlockN;
+    mbarrier_wait(ring.full(), ring.parity);
+    barrier_wait(my_turn, T::kThreads);
+    wgmma_fence();
+    start_gradient<A, T>(acc, g, last.columns());  // for the first, of zeros
+    start_logits<A, T>(s[0], rows, Matrix(ring.columns()));
+    wgmma_commit();
+    if (group == 0 || tile + 1 < end) barrier_arrive(other_turn, T::kThreads);
+    wgmma_wait();
+    hold_all(acc[0]), hold_all(s[0]);
+#pragma unroll
+    for (int step = 0; step < N / 2; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) hold(g[step][0][i]);
+    if (tile > first) {
+      sync_warp();
+      if (lane == 0) mbarrier_arrive(last.empty());
+    }
+    const bool crossed = col0 + T::kBlockN > in.cols.n || in.pairs.cross(group_row0, T::kGroupRows, col0, T::kBlockN);
+    terms.tile(s, ring.columns() + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
+#pragma unroll
+    for (int step = 0; step < N / 2; ++step) left_operand<A, N>(g[step], s[0], step);
+    last = ring;
+  }
+  wgmma_fence();
+  start_gradient<A, T>(acc, g, last.columns());
+  wgmma_commit();
+  wgmma_wait();
+  hold_all(acc[0]);
+
+  if (in.grad) store_part<T>(in, acc, row0, blockIdx.y);
+  __syncthreads();  // of the two groups: the fetching threads have left. Shared memory changes its use
+  double sums[kSums];
+  terms.total(sums);
+  finish<A, T, kIds>(in, sums, scales, terms.acc_weight(scales));
+#endif
+}
+
+}  // namespace mio_ext

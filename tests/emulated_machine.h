@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+// A machine that runs CUDA kernels on the CPU, thread by thread: blocks, warps, barriers and memory. Its instructions
+// are in cuda_emulator.h and hopper_emulator.h.
+//
+// What a test wants to see is made worse than on a GPU: shared memory starts as NaN, a warp runs from barrier to
+// barrier before the next one starts, in random order, and blocks come in random order. Misaligned accesses to shared
+// memory end the program, as do collectives that not all lanes of a warp reach, and threads that wait for each other
+// for ever.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <vector>
+
+#define __global__
+#define __launch_bounds__(...)
+#define MIO_DEVICE inline
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+
+namespace emulator {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::printf("emulator: %s\n", what);
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
+// Memory with an unmapped page on either side, full of NaN; accesses past its end are faults at once.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes, size_t alignment = 16) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    const size_t inside = (bytes + page - 1) / page * page;
+    mapped_ = inside + 2 * page;
+    map_ =
+        static_cast<unsigned char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (map_ == MAP_FAILED) fail("no memory");
+    std::memset(map_, 0xff, mapped_);
+    mprotect(map_, page, PROT_NONE);
+    mprotect(map_ + mapped_ - page, page, PROT_NONE);
+    first_ = map_ + page;
+    data_ = first_ + (inside - bytes) / alignment * alignment;
+  }
+  Guarded(const Guarded&) = delete;
+  ~Guarded() {
+    for (const unsigned char* p = first_; p < data_; ++p)
+      if (*p != 0xff) fail("a write before the start of a buffer");
+    munmap(map_, mapped_);
+  }
+  void* data() const { return data_; }
+
+ private:
+  unsigned char *map_, *first_, *data_;
+  size_t mapped_;
+};
+
+struct Copy {
+  uint32_t to;
+  const void* from;
+};
+
+enum class State { kReady, kInWarp, kPolling, kAtBarrier, kAtGrid, kDone };
+
+struct Thread {
+  State state = State::kReady;
+  bool started = false;
+  jmp_buf resume;
+  std::vector<std::vector<Copy>> groups{1};  // of cp.async, oldest first; the last is open
+};
+
+struct Warp {
+  int arrived = 0;
+  void* arguments[32];
+  void (*op)(void**) = nullptr;
+  std::vector<std::vector<std::function<void()>>> groups{1};  // of wgmma, as a Thread's
+  std::set<const void*> busy;  // what these write, NaN until the wait
+  bool fenced = false;
+};
+
+// Phases that take arrivals and bytes; see mbarrier_init().
+struct Mbarrier {
+  explicit Mbarrier(uint32_t count = 1) : count(count) {}
+  uint32_t count, arrivals = 0, phases = 0;
+  int64_t bytes = 0;                             // announced, not yet there
+  std::vector<std::function<int64_t()>> copies;  // under way: what it takes to deliver each, in bytes
+  void settle() {
+    if (arrivals < count || bytes != 0) return;
+    arrivals = 0;
+    ++phases;
+  }
+};
+
+struct Block {
+  static constexpr size_t kStackBytes = 256 * 1024;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  std::unique_ptr<Guarded> memory;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  dim3 block_index;
+  std::map<uint32_t, Mbarrier> mbarriers;
+  struct Named {
+    int arrived = 0, passes = 0;
+  };
+  std::map<int, Named> named_barriers;
+
+  Block() = default;
+  Block(unsigned n, size_t bytes, dim3 index)
+      : threads(n),
+        warps(n / 32),
+        memory(new Guarded(bytes, 1024)),
+        shared(static_cast<unsigned char*>(memory->data())),
+        shared_bytes(bytes),
+        block_index(index) {
+    for (unsigned t = 0; t < n; ++t) stacks.emplace_back(new char[kStackBytes]);
+  }
+};
+
+// The block that runs, and what all share.
+struct Machine : Block {
+  std::mt19937 random{1};
+  dim3 grid;
+  unsigned current = 0;
+  bool moved = false;  // since the last look, some thread has got on
+  jmp_buf scheduler;
+  ucontext_t scheduler_context;
+  std::function<void()> body;
+};
+inline Machine machine;
+inline Thread& self() { return machine.threads[machine.current]; }
+
+inline Warp& own_warp() { return machine.warps[machine.current / 32]; }
+
+// The loop below makes the fiber run until it waits for others.
+inline void wait_as(State state) {
+  self().state = state;
+  machine.moved |= state != State::kPolling;
+  if (_setjmp(self().resume) == 0) _longjmp(machine.scheduler, 1);
+}
+
+template <class F>
+void wait_until(F&& over) {
+  while (!over()) wait_as(State::kPolling);
+  machine.moved = true;
+}
+
+inline void fiber() {
+  machine.body();
+  self().state = State::kDone;
+  machine.moved = true;
+  _longjmp(machine.scheduler, 1);
+}
+
+inline void start_or_resume(unsigned t) {
+  machine.current = t;
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (self().started) _longjmp(self().resume, 1);
+  self().started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = machine.stacks[t].get();
+  context.uc_stack.ss_size = Block::kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, fiber, 0);
+  setcontext(&context);
+}
+
+inline void run_warp(unsigned warp) {
+  int arrived = -1;
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (unsigned t = 32 * warp; t < 32 * warp + 32; ++t)
+      if (machine.threads[t].state == State::kReady) {
+        progress = true;
+        start_or_resume(t);
+      }
+    // Some lanes may be past a wait that others have yet to see is over.
+    if (!progress && machine.warps[warp].arrived > std::max(arrived, 0)) {
+      arrived = machine.warps[warp].arrived;
+      for (unsigned t = 32 * warp; t < 32 * warp + 32; ++t)
+        if (machine.threads[t].state == State::kPolling) machine.threads[t].state = State::kReady, progress = true;
+    }
+  }
+  if (machine.warps[warp].arrived) fail("a warp's collective was not reached by all its lanes");
+}
+
+// Runs a block to its end, or to where it waits for the grid: true.
+inline bool run_block(Block& block) {
+  std::swap(static_cast<Block&>(machine), block);
+  std::vector<unsigned> order(machine.warps.size());
+  for (unsigned w = 0; w < order.size(); ++w) order[w] = w;
+  bool at_grid = false;
+  for (Thread& thread : machine.threads)
+    if (thread.state == State::kAtGrid) thread.state = State::kReady;
+  for (bool running = true; running;) {
+    std::shuffle(order.begin(), order.end(), machine.random);
+    machine.moved = false;
+    for (unsigned warp : order) run_warp(warp);
+    running = false;
+    for (Thread& thread : machine.threads)
+      if (thread.state == State::kPolling) thread.state = State::kReady, running = true;
+    if (running && !machine.moved) fail("threads wait for each other for ever");
+    if (running) continue;
+    for (Thread& thread : machine.threads) {
+      if (thread.state == State::kAtGrid) at_grid = true;
+      if (thread.state == State::kAtBarrier) thread.state = State::kReady, running = true;
+    }
+    if (running && at_grid) fail("threads of a block at different barriers");
+  }
+  std::swap(static_cast<Block&>(machine), block);
+  return at_grid;
+}
+
+// Every lane brings its arguments; the last to come carries the instruction out for all.
+inline void collective(void* arguments, void (*op)(void**)) {
+  Warp& warp = machine.warps[machine.current / 32];
+  if (warp.arrived && warp.op != op) fail("the lanes of a warp are at different instructions");
+  warp.op = op;
+  warp.arguments[machine.current % 32] = arguments;
+  if (++warp.arrived < 32) return wait_as(State::kInWarp);
+  warp.arrived = 0;
+  op(warp.arguments);
+  const unsigned first = machine.current / 32 * 32;
+  for (unsigned t = first; t < first + 32; ++t) machine.threads[t].state = State::kReady;
+}
+
+inline unsigned char* at_shared(uint32_t address, uint32_t bytes) {
+  if (address % bytes != 0) fail("a misaligned address in shared memory");
+  if (address + bytes > machine.shared_bytes) fail("past the end of shared memory");
+  return machine.shared + address;
+}
+
+}  // namespace emulator
+
+#define threadIdx (dim3{emulator::machine.current, 0, 0})
+#define blockIdx (emulator::machine.block_index)
+#define blockDim (dim3{unsigned(emulator::machine.threads.size()), 1, 1})
+#define gridDim (emulator::machine.grid)
+
+inline void __syncthreads() { emulator::wait_as(emulator::State::kAtBarrier); }
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }
+
+namespace mio_ext {
+
+// together: blocks may wait for each other.
+template <class Params>
+void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void*, const Params& params,
+            bool together = false) {
+  emulator::Machine& m = emulator::machine;
+  m.grid = grid;
+  m.body = [&] { kernel(params); };
+  std::vector<unsigned> order(grid.x * grid.y * grid.z);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  auto block = [&](unsigned i) {
+    const dim3 index{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    return std::make_unique<emulator::Block>(unsigned(threads), size_t(shared_bytes), index);
+  };
+  std::vector<std::unique_ptr<emulator::Block>> waiting(order.size());
+  for (size_t left = order.size(); left > 0;) {
+    std::shuffle(order.begin(), order.end(), m.random);
+    for (unsigned i : order) {
+      if (!waiting[i]) waiting[i] = block(i);
+      if (emulator::run_block(*waiting[i])) {
+        if (!together) emulator::fail("a barrier of the grid in an ordinary launch");
+        continue;
+      }
+      waiting[i].reset();
+      --left;
+    }
+    order.clear();
+    for (unsigned i = 0; i < waiting.size(); ++i)
+      if (waiting[i]) order.push_back(i);
+    if (order.size() != left) emulator::fail("not all blocks are at the grid's barrier");
+  }
+}
+
+}  // namespace mio_ext
