@@ -76,7 +76,7 @@ GPU_NEEDS = torch triton setuptools pytest
 gpu-check:
 	@$(PYTHON) -c 'import sys; from importlib.util import find_spec as f; m = [n for n in sys.argv[1:] if not f(n)]; sys.exit(m and "gpu-check: $(PYTHON) lacks " + ", ".join(m))' $(GPU_NEEDS)
 	@echo "gpu-check 1/3: build, for this GPU alone, up to 2 minutes with ninja"
-	@FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
+	@FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print(("%d.%d" % torch.cuda.get_device_capability()).replace("9.0", "9.0a"))') \
 	timeout 200 $(PYTHON) setup.py --quiet build_ext || { echo "gpu-check: THE CUDA BACKEND WAS NOT BUILT, its tests are left out"; \
 	$(PYTHON) setup.py --quiet build_ext; }
 	@echo "gpu-check 2/3: tests, up to 4 minutes, most of it compilation"

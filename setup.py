@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds mio_ext._C: `python setup.py build_ext` (in place), in any environment that has torch.
 
-CUDA kernels are built on request, FORCE_CUDA=1, with a GPU or without: they have not run on a GPU yet, so nobody
-else should wait for their compilation. TORCH_CUDA_ARCH_LIST changes what they are built for.
+CUDA kernels are built where there is a CUDA toolkit of torch's version, with a GPU or without; FORCE_CUDA=0 leaves
+them out, FORCE_CUDA=1 fails where they cannot be built. TORCH_CUDA_ARCH_LIST changes what they are built for.
 """
 
 import os
@@ -24,8 +24,8 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 ROOT = Path(__file__).parent
 HEADERS = sorted(str(p.relative_to(ROOT)) for pattern in ("**/*.h", "**/*.cuh") for p in ROOT.glob(f"csrc/{pattern}"))
-#: Machine code for these; the last one also as PTX, for whatever comes later.
-ARCHITECTURES = "8.0;9.0+PTX"
+#: Machine code for these, and PTX of the first for whatever comes later. 9.0a has instructions that nothing else has.
+ARCHITECTURES = "8.0+PTX;9.0a"
 
 
 def sources(*patterns: str) -> list[str]:
@@ -34,8 +34,9 @@ def sources(*patterns: str) -> list[str]:
 
 def with_cuda() -> bool:
     """Whether to build the CUDA kernels; exits where FORCE_CUDA=1 asks for what cannot be."""
-    if os.environ.get("FORCE_CUDA") != "1":
-        return False
+    force = os.environ.get("FORCE_CUDA", "")
+    if force not in ("", "0", "1"):
+        sys.exit(f"mio_ext: FORCE_CUDA must be 0 or 1, got {force!r}")
     reason = None
     if CUDA_HOME is None:
         reason = "there is no CUDA toolkit (set CUDA_HOME)"
@@ -43,9 +44,11 @@ def with_cuda() -> bool:
         reason = f"torch {torch.__version__} was built without CUDA"
     elif (version := toolkit_version()) != torch.version.cuda.split(".")[0]:
         reason = f"the CUDA toolkit is version {version}, but torch was built with {torch.version.cuda}"
-    if reason:
+    if reason and force == "1":
         sys.exit(f"mio_ext: FORCE_CUDA=1, but {reason}")
-    return True
+    if reason and force == "":
+        print(f"mio_ext: building without the CUDA kernels: {reason}", file=sys.stderr)
+    return reason is None and force != "0"
 
 
 def toolkit_version() -> str:
@@ -62,11 +65,12 @@ def toolkit_version() -> str:
 cxx = ["-O3", "-fopenmp", "-Wall", "-Wno-psabi"]
 if with_cuda():
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    hopper = ["-DMIO_HOPPER"] if "9.0a" in architectures else []
     extension = CUDAExtension(
         "mio_ext._C",
         sources("*.cpp", "cpu/*.cpp", "cuda/*.cpp", "cuda/*.cu"),
         depends=HEADERS,
-        extra_compile_args={"cxx": [*cxx, f'-DMIO_WITH_CUDA="{architectures}"'], "nvcc": ["-O3", "--threads=1"]},
+        extra_compile_args={"cxx": [*cxx, f'-DMIO_WITH_CUDA="{architectures}"'], "nvcc": ["-O3", *hopper]},
     )
 else:
     extension = CppExtension("mio_ext._C", sources("*.cpp", "cpu/*.cpp"), depends=HEADERS, extra_compile_args=cxx)

@@ -3,9 +3,11 @@
 
     FORCE_CUDA=1 python setup.py build_ext && python benchmarks/cuda_resources.py
 
-Prints registers, stack, matrix and special-function instructions of every kernel; cubins may be named instead. Exit
-status 1 if one uses local memory (a spill), if a sweep has no HMMA or more than two special functions per logit in
-its main loop, or if a kernel lacks exponentials: a compiler has left a whole branch out before.
+Prints of every kernel: registers, stack, shared memory, blocks that fit on a multiprocessor of its capability, matrix
+instructions, exponentials and special functions per logit. Cubins may be named instead. Exit status 1 if one uses local
+memory (a spill), if a sweep has matrix instructions of another kind than is due (HGMMA for 9.0a's own, else HMMA) or
+more than two special functions per logit in its main loop, or if a kernel lacks exponentials: a compiler has left a
+whole branch out before.
 """
 
 from __future__ import annotations
@@ -16,11 +18,33 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from triton_resources import main_loop
 
 ROOT = Path(__file__).resolve().parents[1]
-ROW = "{:<6} {:<28} {:>5} {:>6} {:>6} {:>6} {:>6} {:>11}"
+ROW = "{:<7} {:<28} {:>4} {:>5} {:>5} {:>9} {:>6} {:>8} {:>6} {:>10}"
+HEAD = ("arch", "kernel", "regs", "stack", "local", "shared KB", "blocks", "matrix", "EX2", "MUFU/logit")
+#: Of a multiprocessor, by architecture: KB of shared memory, of which a block takes one more than it asks for.
+SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_90a": 228}
+
+
+class Shape(NamedTuple):
+    """Of a sweep, as csrc/cuda/pairwise_bce_tile.h has it."""
+
+    threads: int
+    shared: int  #: bytes
+    logits: int  #: that a thread has of a tile
+
+
+class Kernel(NamedTuple):
+    name: str
+    registers: int
+    stack: int
+    local: int  #: accesses to local memory
+    matrix: set[str]
+    exponentials: int
+    special: float | None  #: special functions per exponential in a sweep's main loop
 
 
 def tool(name: str) -> Path:
@@ -34,41 +58,64 @@ def run(*command: object, cwd: str | None = None) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
+def shapes() -> dict[str, Shape]:
+    """By kernel, as the headers say."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "tiles"
+        source = ROOT / "benchmarks" / "cuda_tiles.cpp"
+        run("c++", "-std=c++20", "-I", ROOT / "csrc", "-I", ROOT / "tests", "-o", program, source)
+        lines = run(program).splitlines()
+    return {name: Shape(*map(int, numbers)) for name, *numbers in (line.split("|") for line in lines)}
+
+
 def kernel_name(mangled: str) -> str:
-    sweep = re.search(r"sweep_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32)ELi(\d+)ELb([01])", mangled)
+    sweep = re.search(r"sweep_(hopper_)?kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32)ELi(\d+)ELb([01])", mangled)
     if sweep:
-        return f"sweep {sweep[1]} D<={sweep[2]}" + (" ids" if sweep[3] == "1" else "")
+        return f"{'hopper' if sweep[1] else 'sweep'} {sweep[2]} D<={sweep[3]}" + (" ids" if sweep[4] == "1" else "")
     row = re.search(r"(prepare|terms|finish)_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32|Fp32)E(?:Lb([01]))?", mangled)
     return f"{row[1]} {row[2]}" + (" ids" if row[3] == "1" else "") if row else mangled
 
 
-def least_exponentials(kernel: str) -> int:
-    """One for every logit that a thread has of a tile, in every form of the loop's body; see csrc/cuda/*tile.h."""
-    sweep = re.match(r"sweep (\w+) D<=(\d+)( ids)?", kernel)
-    if not sweep:
-        return 16 if kernel.startswith("terms") else 0
-    width, half = int(sweep[2]), sweep[1] in ("Bf16", "Fp16")
-    fragments, columns = 2 if half and width <= 128 else 1, 16 if not half and width == 256 else 32
-    return fragments * columns // 2 * (1 if sweep[3] else 3)
-
-
-def read(cubin: Path) -> list[tuple[str, int, int, int, int, float | None, int]]:
-    """(kernel, registers, stack, local accesses, matrix instructions, special functions per exponential, these)."""
+def read(cubin: Path, arch: str) -> list[Kernel]:
+    """What is in a cubin, but for the empty places of kernels that other architectures have."""
     usage = run(tool("cuobjdump"), "-res-usage", cubin)
     found = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+)", usage)
     registers = {name: (int(reg), int(stack)) for name, reg, stack in found}
     code = run(tool("nvdisasm"), "-c", cubin)
-    rows = []
+    kernels = []
     for part in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]:
-        name = re.match(r"[^\s,]+", part)[0]
+        mangled = re.match(r"[^\s,]+", part)[0]
+        name = kernel_name(mangled)
+        if name.startswith("hopper") and arch != "sm_90a":
+            continue
         special = None
-        if "sweep" in name:
+        if "sweep" in mangled:
             loop = main_loop(part)
-            special = len(re.findall(r"\bMUFU", loop)) / len(re.findall(r"\bMUFU\.EX2", loop))
-        local, matrix = (len(re.findall(rf"\b(?:{op})\b", part)) for op in ("LDL|STL", "HMMA"))
-        exponentials = len(re.findall(r"\bMUFU\.EX2", part))
-        rows.append((kernel_name(name), *registers[name], local, matrix, special, exponentials))
-    return sorted(rows)
+            exponentials = len(re.findall(r"\bMUFU\.EX2", loop))
+            special = len(re.findall(r"\bMUFU", loop)) / exponentials if exponentials else float("inf")
+        local, exponentials = (len(re.findall(rf"\b(?:{op})\b", part)) for op in ("LDL|STL", r"MUFU\.EX2"))
+        matrix = set(re.findall(r"\b(HG?MMA)\b", part))
+        kernels.append(Kernel(name, *registers[mangled], local, matrix, exponentials, special))
+    return sorted(kernels)
+
+
+def faults(kernel: Kernel, shape: Shape | None) -> list[str]:
+    wrong = []
+    if kernel.stack or kernel.local:
+        wrong.append("local memory")
+    if shape is None:
+        if kernel.name.startswith("terms") and kernel.exponentials < 16:
+            wrong.append("too few exponentials")
+        return wrong
+    due = {"HGMMA" if kernel.name.startswith("hopper") else "HMMA"}
+    if kernel.matrix != due:
+        wrong.append(f"{kernel.matrix or 'no matrix instructions'} where {due} is due")
+    if kernel.special is None or kernel.special > 2:
+        wrong.append("too many special functions")
+    forms = 1 if kernel.name.endswith("ids") else 4  # of the loop's body, each with all logits
+    if kernel.exponentials < forms * shape.logits:
+        wrong.append("too few exponentials")
+    return wrong
 
 
 def cubins(paths: list[Path]) -> Iterator[Path]:
@@ -90,18 +137,28 @@ def main() -> None:
         )
         sys.exit(2)
     bad = count = 0
-    print(ROW.format("arch", "kernel", "regs", "stack", "local", "HMMA", "EX2", "MUFU/logit"))
+    tiles = shapes()
+    print(ROW.format(*HEAD))
     for cubin in cubins(paths):
         arch = re.search(r"sm_\d+a?", cubin.name)[0]
-        for kernel, regs, stack, local, matrix, special, exponentials in read(cubin):
-            sweep = kernel.startswith("sweep")
-            wrong = bool(stack or local) or (sweep and (not matrix or special is None or special > 2))
-            wrong = wrong or exponentials < least_exponentials(kernel)
-            bad += wrong
+        for kernel in read(cubin, arch):
+            shape = tiles.get(kernel.name.removesuffix(" ids"))
+            wrong = faults(kernel, shape)
+            bad += bool(wrong)
             count += 1
-            shown = "" if special is None else f"{special:.2f}"
-            row = ROW.format(arch, kernel, regs, stack, local, matrix if sweep else "", exponentials, shown)
-            print(row + ("  <- fault" if wrong else ""), flush=True)
+            of_sweep = ["", "", "", ""]
+            if shape:
+                by_registers = 65536 // (shape.threads * ((kernel.registers + 7) // 8 * 8))
+                blocks = min(by_registers, SHARED_KB.get(arch, 100) * 1024 // (shape.shared + 1024))
+                of_sweep = [
+                    f"{shape.shared / 1024:.1f}",
+                    blocks,
+                    " ".join(sorted(kernel.matrix)),
+                    f"{kernel.special:.2f}",
+                ]
+            shared, blocks, matrix, special = of_sweep
+            row = ROW.format(arch, *kernel[:4], shared, blocks, matrix, kernel.exponentials, special)
+            print(row.rstrip() + (f"  <- {', '.join(wrong)}" if wrong else ""), flush=True)
     print(f"{count} kernels, {bad} with faults")
     sys.exit(bool(bad))
 

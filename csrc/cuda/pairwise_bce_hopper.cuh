@@ -16,29 +16,6 @@
 
 namespace mio_ext {
 
-template <class Arithmetic, int kWidth_>
-struct HopperTile {
-  static constexpr bool kTiled = true;
-  static constexpr int kWidth = kWidth_, kSlice = kWidth;
-  static constexpr int kRowBytes = 2 * kWidth;
-  static constexpr int kGroups = 2;
-  static constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;  // without the fetching ones, which come last
-  static constexpr int kFetchers = 128;
-  static constexpr int kGroupRows = 64;
-  static constexpr int kBlockM = kGroupRows * kGroups;
-  static constexpr int kBlockN = kWidth == 256 ? 64 : 128;
-  static constexpr int kStages = 4;
-  // Registers a thread: 65,536 in all, less than a third of them until the groups divide them up.
-  static constexpr int kFetcherRegisters = 24, kGroupRegisters = 240;
-
-  static constexpr int kBlocks = kWidth / kBlockFeatures;
-  static constexpr int kFactorsAt = kBlockN * kRowBytes;
-  static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 1023) / 1024 * 1024;
-  static constexpr int kColumnsAt = kBlockM * kRowBytes;  // the rows come first
-  static constexpr int kBarriersAt = kColumnsAt + kStages * kStageBytes;
-  static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
-};
-
 // A place in the ring of column tiles, in shared memory at `smem`.
 template <class T>
 struct Ring {
@@ -55,7 +32,7 @@ struct Ring {
   }
 };
 
-// One thread fetches the block's rows and tiles first to end - 1.
+// One thread fetches the block's rows and the tiles of columns first to end - 1.
 template <class T>
 MIO_DEVICE void fetch(const Sweep& in, uint32_t smem, int first, int end) {
   const auto* rows = static_cast<const unsigned char*>(in.rows.z) + int64_t(blockIdx.x) * (T::kBlockM * T::kRowBytes);
@@ -63,8 +40,7 @@ MIO_DEVICE void fetch(const Sweep& in, uint32_t smem, int first, int end) {
   mbarrier_arrive_expecting(rows_there, T::kBlockM * T::kRowBytes);
   bulk_copy(smem, rows, T::kBlockM * T::kRowBytes, rows_there);
   Ring<T> ring{smem};
-  for (int tile = first; tile < end; ++tile, ring.next()) {
-    const int col0 = tile * T::kBlockN;
+  for (int col0 = first; col0 < end; col0 += T::kBlockN, ring.next()) {
     const auto* columns = static_cast<const unsigned char*>(in.cols.z) + row_at(true, col0, T::kRowBytes);
     mbarrier_wait(ring.empty(), ring.parity ^ 1);
     mbarrier_arrive_expecting(ring.full(), T::kBlockN * (T::kRowBytes + 4));
@@ -128,8 +104,8 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
     mbarrier_init_fence();
   }
   __syncthreads();
-  const int tiles = ceil_div(in.cols.n, T::kBlockN), first = blockIdx.y * in.tiles_per_split;
-  const int end = first + in.tiles_per_split < tiles ? first + in.tiles_per_split : tiles;
+  const int split = in.tiles_per_split * T::kBlockN, first = blockIdx.y * split;
+  const int end = in.cols.n - first < split ? in.cols.n : first + split;
   if (threadIdx.x >= T::kThreads) {
     fewer_registers<T::kFetcherRegisters>();
     if (threadIdx.x == T::kThreads) fetch<T>(in, smem, first, end);
@@ -143,29 +119,28 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
   const Matrix rows(smem + group * T::kGroupRows * kBlockRowBytes);
   const int my_turn = 1 + group, other_turn = 2 - group;
   const Scales scales(read_params(in.results.constants, in.results.params));
-  Terms terms(in.rows, in.cols, row0, scales);
+  Terms terms(in.rows, in.cols, row0, scales, in.normalize);
   float acc[1][kWidth / 8][4] = {}, s[1][N][4];
   uint32_t g[N / 2][1][4] = {};
   if (group == 1) barrier_arrive(other_turn, T::kThreads);  // the first turn is the other's
   mbarrier_wait(Ring<T>::rows_there(smem), 0);
 
   Ring<T> ring{smem}, last{smem};
-  for (int tile = first; tile < end; ++tile, ring.next()) {
-    const int col0 = tile * T::kBlockN;
+  for (int col0 = first; col0 < end; col0 += T::kBlockN, ring.next()) {
     mbarrier_wait(ring.full(), ring.parity);
     barrier_wait(my_turn, T::kThreads);
     wgmma_fence();
     start_gradient<A, T>(acc, g, last.columns());  // for the first, of zeros
     start_logits<A, T>(s[0], rows, Matrix(ring.columns()));
     wgmma_commit();
-    if (group == 0 || tile + 1 < end) barrier_arrive(other_turn, T::kThreads);
+    if (group == 0 || col0 + T::kBlockN < end) barrier_arrive(other_turn, T::kThreads);
     wgmma_wait();
     hold_all(acc[0]), hold_all(s[0]);
 #pragma unroll
     for (int step = 0; step < N / 2; ++step)
 #pragma unroll
       for (int i = 0; i < 4; ++i) hold(g[step][0][i]);
-    if (tile > first) {
+    if (last.stage != ring.stage) {
       sync_warp();
       if (lane == 0) mbarrier_arrive(last.empty());
     }

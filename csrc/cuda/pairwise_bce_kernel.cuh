@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
     cp_async_commit();
   }
 
-  Terms terms(in.rows, in.cols, row0, scales);
+  Terms terms(in.rows, in.cols, row0, scales, in.normalize);
   float acc[F][T::kSlice / 8][4] = {};
   const uint32_t slice_at = blockIdx.z * (T::kSlice * T::kPartBytes / T::kWidth);  // a multiple of 128 bytes
   uint32_t stage = first_stage;

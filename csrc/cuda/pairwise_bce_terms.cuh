@@ -33,6 +33,37 @@ MIO_DEVICE void to_array(PairSums& from, double (&to)[kSums]) {
 // (1 + a)(1 + b) - 1
 MIO_DEVICE float times_1p(float a, float b) { return a * b + (a + b); }
 
+// A Term whose logit is at most kBound in magnitude: the same without a case, and nothing is tiny beside 1.
+struct BoundedTerm {
+  static constexpr float kBound = 3;  // 32 of 1 + 2^3 are 2^101
+  float factor, sigmoid;
+  MIO_DEVICE explicit BoundedTerm(float t) {
+    const float e = exp2_approx(t);
+    factor = 1 + e;
+    sigmoid = e * reciprocal(factor);
+  }
+};
+
+// Terms on their way into a SoftplusSum, four at a time and kMost in all.
+template <class T>
+struct Group;
+template <>
+struct Group<Term> {
+  static constexpr int kMost = 64;
+  float relu = 0, p = 0, e[4];
+  MIO_DEVICE void put(int i, const Term& term) { relu += term.relu, e[i] = term.e; }
+  MIO_DEVICE void multiply() { p = times_1p(p, times_1p(times_1p(e[0], e[1]), times_1p(e[2], e[3]))); }
+  MIO_DEVICE void to(SoftplusSum& sum) const { sum.add(relu, p); }
+};
+template <>
+struct Group<BoundedTerm> {
+  static constexpr int kMost = 32;
+  float p = 1, factor[4];
+  MIO_DEVICE void put(int i, const BoundedTerm& term) { factor[i] = term.factor; }
+  MIO_DEVICE void multiply() { p *= (factor[0] * factor[1]) * (factor[2] * factor[3]); }
+  MIO_DEVICE void to(SoftplusSum& sum) const { sum.add(0, p - 1); }
+};
+
 // What a thread's F x 2 rows need of a sweep without ids, and its sums over negative pairs. Coefficients are
 // sigma alone; d loss / d (x.y) is weight_n sigma, and comes in at the end.
 template <class A, int F>
@@ -43,9 +74,13 @@ struct NegativeTerms {
   float product[F][2] = {}, sigmoid_product[F][2] = {}, sigmoid = 0;
   const Prepared& rows;
   int row0, n_cols;
+  bool bounded;  // every term may be a BoundedTerm
 
-  MIO_DEVICE NegativeTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales)
-      : rows(rows), row0(row0), n_cols(cols.n) {
+  MIO_DEVICE NegativeTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales, bool normalize)
+      : rows(rows),
+        row0(row0),
+        n_cols(cols.n),
+        bounded(normalize && fabsf(scales.n) + fabsf(scales.bias) < BoundedTerm::kBound) {
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -64,54 +99,56 @@ struct NegativeTerms {
   MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0, bool crossed,
                        bool loss) {
     if (crossed)
-      tile_of<true, true>(s, factors, pairs, row0, col0);
-    else if (loss)
-      tile_of<false, true>(s, factors, pairs, row0, col0);
+      tile_of<Term, true, true>(s, factors, pairs, row0, col0);
+    else if (!loss)
+      tile_of<Term, false, false>(s, factors, pairs, row0, col0);
+    else if (bounded)
+      tile_of<BoundedTerm, false, true>(s, factors, pairs, row0, col0);
     else
-      tile_of<false, false>(s, factors, pairs, row0, col0);
+      tile_of<Term, false, true>(s, factors, pairs, row0, col0);
   }
 
   // kCrossed: pairs that are no negative ones take no part, and have coefficient 0.
-  template <bool kCrossed, bool kLoss, int N>
+  template <class OneTerm, bool kCrossed, bool kLoss, int N>
   MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int f = 0; f < F; ++f) {
-      float relu = 0, p = 0;
-      int positive[2], own[2];
-      if constexpr (kCrossed) {  // braces: without them nvcc 13.0 leaves out the loop that follows
+      Group<OneTerm> group;
+      int positive[2], own[2], end = 0;  // columns from this thread's first on
+      if constexpr (kCrossed) {          // braces: without them nvcc 13.0 leaves out the loop that follows
         for (int h = 0; h < 2; ++h) {
-          positive[h] = pairs.positive(row0 + 16 * f + 8 * h);
-          own[h] = pairs.own(row0 + 16 * f + 8 * h);
+          positive[h] = pairs.positive(row0 + 16 * f + 8 * h) - col0 - column;
+          own[h] = pairs.own(row0 + 16 * f + 8 * h) - col0 - column;
         }
+        end = n_cols - col0 - column;
       }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const float2 factor = load_shared_pair(factors + (8 * n + column) * 4);
-        float e[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int h = i / 2, col = col0 + 8 * n + column + i % 2;
+          const int h = i / 2, col = 8 * n + i % 2;
           const float c = (i % 2 ? factor.y : factor.x) * A::kLift;
           float v = s[f][n][i] * c;
           float t = v * scale[f][h] + bias[f][h];
-          if (kCrossed && (col == positive[h] || col == own[h] || col >= n_cols)) v = 0, t = -float_of(0x7f800000u);
-          const Term term(t);
+          if (kCrossed && (col == positive[h] || col == own[h] || col >= end)) v = 0, t = -float_of(0x7f800000u);
+          const OneTerm term(t);
           s[f][n][i] = term.sigmoid * c;
           if constexpr (kLoss) {
-            relu += term.relu;
-            e[i] = term.e;
+            group.put(i, term);
             product[f][h] += v;
             sigmoid += term.sigmoid;
             sigmoid_product[f][h] += term.sigmoid * v;
           }
         }
         if constexpr (kLoss) {
-          p = times_1p(p, times_1p(times_1p(e[0], e[1]), times_1p(e[2], e[3])));
+          group.multiply();
+          if ((4 * n + 4) % Group<OneTerm>::kMost == 0 || n + 1 == N) {
+            group.to(softplus);
+            group = Group<OneTerm>();
+          }
         }
-      }
-      if constexpr (kLoss) {
-        softplus.add(relu, p);
       }
     }
   }
@@ -177,7 +214,7 @@ struct LabelledTerms {
   LabelledWeights weights;
   const Prepared &rows, &cols;
 
-  MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales)
+  MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales, bool)
       : scales(scales), weights(scales), rows(rows), cols(cols) {
 #pragma unroll
     for (int f = 0; f < F; ++f)

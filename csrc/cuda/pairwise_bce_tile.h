@@ -81,6 +81,31 @@ constexpr int kRowMultiple = 128;  // prepared rows are padded to it; every kBlo
 constexpr int kBlockRowBytes = 128;
 constexpr int kBlockFeatures = 64;
 
+// For compute capability 9.0, features of 16 bits: two groups of four warps, with 64 rows each, and four warps that
+// fetch. Tiles fill what registers the gradient leaves, and what shared memory a multiprocessor has.
+template <class Arithmetic, int kWidth_>
+struct HopperTile {
+  static constexpr bool kTiled = true;
+  static constexpr int kWidth = kWidth_, kSlice = kWidth;
+  static constexpr int kRowBytes = 2 * kWidth;
+  static constexpr int kGroups = 2;
+  static constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;  // without the fetching ones, which come last
+  static constexpr int kFetchers = 128;
+  static constexpr int kGroupRows = 64;
+  static constexpr int kBlockM = kGroupRows * kGroups;
+  static constexpr int kBlockN = kWidth == 256 ? 64 : 128;
+  static constexpr int kStages = 4;
+  // Registers a thread: 65,536 in all, less than a third of them until the groups divide them up.
+  static constexpr int kFetcherRegisters = 24, kGroupRegisters = 240;
+
+  static constexpr int kBlocks = kWidth / kBlockFeatures;
+  static constexpr int kFactorsAt = kBlockN * kRowBytes;
+  static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 1023) / 1024 * 1024;
+  static constexpr int kColumnsAt = kBlockM * kRowBytes;  // the rows come first
+  static constexpr int kBarriersAt = kColumnsAt + kStages * kStageBytes;
+  static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
+};
+
 // Rows in shared memory are whole multiples of 128 bytes, so equal columns of all rows share a bank. The 16-byte
 // chunk c of row r lies at c ^ (r % 8): eight rows of one chunk, or two neighbouring chunks of rows 0, 2, 4, 6
 // or 1, 3, 5, 7, then fill all 32 banks once.
