@@ -27,6 +27,7 @@ $(VENV)/installed: pyproject.toml
 
 build: $(VENV)/installed
 	@mkdir -p build
+	@test -n "$(wildcard mio_ext/_C*.so)" || echo "building the extension: a minute, or some with a CUDA toolkit (FORCE_CUDA=0 leaves its kernels out)"
 	@$(BIN)/python setup.py --quiet build_ext > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 
 pretrain: build
@@ -51,10 +52,12 @@ cpp: $(VENV)/installed
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
+# The CUDA kernels are in the sdist; `build` has compiled them where that can be done.
 package: build
 	rm -rf build/package && mkdir -p build/package
 	$(BIN)/python setup.py --quiet sdist --dist-dir build/package > build/package.log 2>&1 || { cat build/package.log; exit 1; }
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target build/package/installed build/package/*.tar.gz
+	FORCE_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target build/package/installed build/package/*.tar.gz
+	tar -tf build/package/*.tar.gz | grep -q csrc/cuda/pairwise_bce_hopper.cu
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -m mio_ext
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -c 'import mio_ext; assert "cpu" in mio_ext.available_backends()'
 

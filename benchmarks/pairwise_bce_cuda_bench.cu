@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Microbenchmark of the fused CUDA kernels, without torch: the MIO step at one size in every arithmetic, its rate,
-// and its share of the floor (docs/cuda.md): matrix products, special functions and bytes, whichever takes longest.
+// Microbenchmark of the fused CUDA kernels, without torch: the MIO step at one size in every arithmetic and by every
+// kernel, its rate, and its share of the floor (docs/cuda.md): matrix products, special functions and bytes, whichever
+// takes longest.
 //
 //   pairwise_bce_cuda_bench [--n rows] [--d features] [--repeat times]
 //
@@ -38,11 +39,12 @@ struct Kind {
   const char* name;
   int bytes;
   double products;  // of 16-bit operands that one multiply-add costs
+  bool hopper;
 };
-constexpr Kind kKinds[] = {{Arithmetic::kBf16, "bf16", 2, 1},
-                           {Arithmetic::kFp16, "fp16", 2, 1},
-                           {Arithmetic::kTf32, "tf32", 4, 2},
-                           {Arithmetic::kFp16x3, "fp16x3", 4, 3}};
+constexpr Kind kKinds[] = {
+    {Arithmetic::kBf16, "bf16", 2, 1, false},       {Arithmetic::kFp16, "fp16", 2, 1, false},
+    {Arithmetic::kTf32, "tf32", 4, 2, false},       {Arithmetic::kFp16x3, "fp16x3", 4, 3, false},
+    {Arithmetic::kBf16, "bf16 hopper", 2, 1, true}, {Arithmetic::kFp16, "fp16 hopper", 2, 1, true}};
 
 // One copy of all the memory of a step.
 struct Step {
@@ -57,6 +59,7 @@ struct Step {
     problem.exclude_self = problem.normalize = true;
     problem.constants = {2, 2, 0, 1.0 / n, 1.0 / (double(n) * (n - 2)), 2.0 / (double(n) * d)};
     problem.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+    problem.hopper = kind.hopper;
     void* x = take(features.size());
     check(cudaMemcpy(x, features.data(), features.size(), cudaMemcpyHostToDevice));
     problem.x = {x, d, 1};
@@ -113,6 +116,7 @@ void measure(const Kind& kind, int n, int d, int repeat) {
   cudaEvent_t start, end;
   check(cudaEventCreate(&start)), check(cudaEventCreate(&end));
   for (const bool grad : {true, false}) {
+    if (!grad && kind.hopper) continue;  // the portable kernel's
     std::vector<float> times;
     for (int i = -3; i < repeat; ++i) {
       PairwiseBCECuda problem = steps[size_t(i + 3) % steps.size()].problem;
@@ -130,7 +134,7 @@ void measure(const Kind& kind, int n, int d, int repeat) {
     }
     std::sort(times.begin(), times.end());
     const double t = times[times.size() / 2] * 1e-3, least = floor_of(kind, n, d, grad);
-    std::printf("%-7s %-18s %9.4f ms (%.4f to %.4f)  %7.1f TFLOP/s", kind.name,
+    std::printf("%-11s %-18s %9.4f ms (%.4f to %.4f)  %7.1f TFLOP/s", kind.name,
                 grad ? "loss and gradient" : "loss only", t * 1e3, times[times.size() / 5], times[times.size() * 4 / 5],
                 (grad ? 2 : 1) * 2.0 * n * n * d / t * 1e-12);
     if (least > 0) std::printf("  floor %.4f ms, %.0f %% of it", least * 1e3, 100 * least / t);
@@ -164,5 +168,7 @@ int main(int argc, char** argv) {
   cudaDeviceProp device{};
   check(cudaGetDeviceProperties(&device, 0));
   std::printf("%s, N = %d, D = %d, MIO\n", device.name, n, d);
-  for (const Kind& kind : kKinds) measure(kind, n, d, repeat);
+  const bool hopper = hopper_is_built() && device.major == 9 && device.minor == 0;
+  for (const Kind& kind : kKinds)
+    if (hopper || !kind.hopper) measure(kind, n, d, repeat);
 }

@@ -47,7 +47,7 @@ def unavailable_reason(backend: str) -> str | None:
         if extension is None:
             return f"the extension is not built ({_build_error}); run: python setup.py build_ext"
         if extension.cuda is None:
-            return "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext builds it"
+            return "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext does it or says why"
         return None if torch.cuda.is_available() else "there is no CUDA GPU"
     return None
 

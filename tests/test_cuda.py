@@ -6,7 +6,7 @@ The kernels' own test is tests/pairwise_bce_cuda_test.cpp.
 
 import pytest
 import torch
-from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, views
+from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, run_python, views
 from test_mio_loss import both
 from torch.utils import cpp_extension
 
@@ -24,7 +24,18 @@ def test_says_why_it_cannot_run():
 def test_build_without_cuda_says_so(monkeypatch):
     monkeypatch.setattr(ops.extension, "cuda", None)
     reason = ops.unavailable_reason("cuda")
-    assert reason == "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext builds it"
+    assert reason == "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext does it or says why"
+
+
+def test_machine_code():
+    """No spills, the matrix instructions that are due, all exponentials: in the objects of this build."""
+    if ops.extension.cuda is None:
+        pytest.skip("the extension was built without CUDA")
+    pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton")
+    result = run_python("benchmarks/cuda_resources.py")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for architecture in ops.extension.cuda.replace("+PTX", "").split(";"):
+        assert f"sm_{architecture.replace('.', '')} " in result.stdout
 
 
 @pytest.fixture(scope="module")

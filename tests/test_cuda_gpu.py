@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, views
 
 from mio_ext import mio_loss, siglip_loss
-from mio_ext.ops import unavailable_reason
+from mio_ext.ops import extension, unavailable_reason
 
 REASON = unavailable_reason("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"cuda: {REASON}")]
@@ -48,6 +48,8 @@ def test_launches_of_a_step(batch, dim, dtype, launches):
 
     names = kernels(step)
     assert len(names) == launches, names
+    hopper = torch.cuda.get_device_capability() == (9, 0) and "9.0a" in extension.cuda and 2 * batch > 1024
+    assert any("sweep_hopper" in name for name in names) == hopper, names
 
 
 # Every pass of every path: one launch and several, both products of float32, ids, two gradients, chunked.
