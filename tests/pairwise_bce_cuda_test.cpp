@@ -234,6 +234,18 @@ bool check_maps() {
         seen[at / 16] = true;
       }
   }
+  // Tiled rows: each place once, and what the hardware's swizzle, address bits 7-9 on bits 4-6, makes of plain blocks.
+  for (int width : {64, 128, 256}) {
+    std::vector<bool> seen(size_t(2 * kRowMultiple) * width);
+    for (int row = 0; row < 2 * kRowMultiple; ++row)
+      for (int f = 0; f < width; ++f) {
+        const int64_t at = row_at(true, row, 2 * width) + 2 * feature_at(true, row, f);
+        const int64_t tile = int64_t(row / kRowMultiple) * kRowMultiple * 2 * width;
+        const int64_t plain = tile + int64_t(f / 64) * kRowMultiple * 128 + row % kRowMultiple * 128 + f % 64 * 2;
+        good = good && at == (plain ^ (plain / 128 % 8) << 4) && !seen[size_t(at / 2)];
+        seen[size_t(at / 2)] = true;
+      }
+  }
   for (int rows : {1, 256, 1000, 65536, 1 << 20})
     for (int cols : {1, 31, 4097, 65536}) {
       const Plan p = plan_sweep(rows, cols, 128, 128, 32, 264, 528);

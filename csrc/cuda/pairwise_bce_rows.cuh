@@ -18,18 +18,6 @@ namespace mio_ext {
 constexpr float kLn2 = 0.693147180559945f;
 constexpr float kLog2e = 1.442695040888963f;
 
-// The copy's rows one after the other, of row_bytes bytes each, or tiled: kRowMultiple rows after the others, and of
-// these 64 features after the others, laid out as hopper.cuh says. Where a row begins, in bytes; how many elements
-// further on its feature f is.
-MIO_HOST_DEVICE int64_t row_at(bool tiled, int row, int row_bytes) {
-  if (!tiled) return int64_t(row) * row_bytes;
-  return int64_t(row / kRowMultiple) * kRowMultiple * row_bytes + row % kRowMultiple * kBlockRowBytes;
-}
-MIO_HOST_DEVICE int feature_at(bool tiled, int row, int f) {
-  if (!tiled) return f;
-  return f / kBlockFeatures * (kRowMultiple * kBlockFeatures) + (f / 8 % 8 ^ row % 8) * 8 + f % 8;
-}
-
 // A side of the problem as prepare_kernel leaves it.
 struct Prepared {
   void* z;             // [n_pad, parts, width] of what the tensor cores take, or tiled

@@ -76,10 +76,20 @@ struct Tile {
 
 constexpr int kRowMultiple = 128;  // prepared rows are padded to it; every kBlockM and kBlockN divides it
 
-// Tiled rows, as compute capability 9.0 takes them: blocks of 64 features of 16 bits, in each a row is 128 bytes, and
-// the 16-byte chunk c of row r lies at c ^ (r % 8).
+// Prepared rows lie one after the other, row_bytes each; or tiled, as compute capability 9.0 takes features of 16 bits:
+// kRowMultiple rows after the others, of these 64 features after the others, and there a row is 128 bytes, of which the
+// 16-byte chunk c of row r lies at c ^ (r % 8).
 constexpr int kBlockRowBytes = 128;
 constexpr int kBlockFeatures = 64;
+// Where a row begins, in bytes, and how many elements further on its feature f is.
+MIO_HOST_DEVICE int64_t row_at(bool tiled, int row, int row_bytes) {
+  if (!tiled) return int64_t(row) * row_bytes;
+  return int64_t(row / kRowMultiple) * kRowMultiple * row_bytes + row % kRowMultiple * kBlockRowBytes;
+}
+MIO_HOST_DEVICE int feature_at(bool tiled, int row, int f) {
+  if (!tiled) return f;
+  return f / kBlockFeatures * (kRowMultiple * kBlockFeatures) + (f / 8 % 8 ^ row % 8) * 8 + f % 8;
+}
 
 // For compute capability 9.0, features of 16 bits: two groups of four warps, with 64 rows each, and four warps that
 // fetch. Tiles fill what registers the gradient leaves, and what shared memory a multiprocessor has.
