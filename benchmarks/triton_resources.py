@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mio_ext.triton_tiles import SLICE_WIDTH, TILES, Tile, tile_for  # noqa: E402
+from mio_ext.triton_tiles import SLICE_WIDTH, TILES, Tile, terms_tile, tile_for  # noqa: E402
 
 #: Generation (compute capability / 10) -> what its tensor cores' instruction is called.
 MATRIX = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
@@ -40,7 +40,8 @@ LEGACY = {
     (90, "fp16x3", 256, "labels"),
     (100, "tf32", 256, "labels"),
     (100, "tf32", 256, "small"),
-    (100, "tf32", 256, "large"),
+    (100, "fp16x3", 64, "labels"),
+    (100, "fp16x3", 128, "labels"),
     (100, "fp16x3", 256, "labels"),
 }
 #: Any of them, dense or sparse, of any type, in machine code.
@@ -122,9 +123,12 @@ def other_entries() -> list[Entry]:
             project = shape | {"BOTH_NORMS": product is None}
             entries.append(Entry("project_kernel", capability, dtype, project, 4, 3, what))
             for ids in (False, True) if product is None else ():
-                terms = {"BLOCK_M": 4, "BLOCK_N": 128, "HAS_IDS": ids, "EXCLUDE_SELF": True}
+                tile = terms_tile(8 if dtype == "fp64" else 4)
+                terms = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "HAS_IDS": ids, "EXCLUDE_SELF": True}
                 terms |= {"GRAD": True, "DPARAMS": True}
-                entries.append(Entry("terms_kernel", capability, dtype, terms, 4, 3, "labels" if ids else ""))
+                entries.append(
+                    Entry("terms_kernel", capability, dtype, terms, tile.warps, tile.stages, "labels" if ids else "")
+                )
         entries.append(Entry("results_kernel", capability, "fp32", {"DPARAMS": True}, 4, 3, ""))
     return entries
 

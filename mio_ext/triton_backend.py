@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from . import triton_chunked, triton_kernels
-from .triton_tiles import SLICE_WIDTH, Tile, tile_for
+from .triton_tiles import SLICE_WIDTH, Tile, terms_tile, tile_for
 
 #: Launches are untyped.
 kernels: Any = triton_kernels
@@ -219,12 +219,12 @@ class Job:
     def chunked(self) -> None:
         x, y = self.x, self.y
         want_dx, want_dy, want_dparams = self.call.needs_grad
-        block_m = 4
+        tile = terms_tile(self.coef.element_size())
         fit = CHUNK_BYTES // (y.n_pad * self.coef.element_size()) // ROW_MULTIPLE * ROW_MULTIPLE
         chunk = min(max(ROW_MULTIPLE, fit), x.n_pad)
         products = self.coef.new_empty(chunk, y.n_pad)
         g = products.view(x.z.dtype)[:, : y.n_pad]
-        sums = self.stats.new_empty(x.n_pad // block_m, kernels.SUMS.value)
+        sums = self.stats.new_empty(x.n_pad // tile.block_m, kernels.SUMS.value)
         # The gradients are made where they are returned, unless padding is in the way.
         dx = self.dx if x.z.shape == self.dx.shape else self.coef.new_empty(x.z.shape if want_dx else 0)
         dy = self.dy if y.z.shape == self.dy.shape else self.coef.new_empty(y.z.shape if want_dy else 0)
@@ -232,11 +232,12 @@ class Job:
             n_rows = min(chunk, x.n_pad - row0)
             rows = x.z[row0 : row0 + n_rows]
             product_into(products[:n_rows], rows, y.z.T)  # (2), but for the norms
-            chunked_kernels.terms_kernel[(n_rows // block_m,)](
+            chunked_kernels.terms_kernel[(n_rows // tile.block_m,)](
                 products, g, x.factors, y.factors, *self._ids(x, y), self.coef, sums,
-                row0, n_rows, row0 // block_m, x.n, y.n, x.n_pad, y.n_pad, g.stride(0), *self.pairs,
-                BLOCK_M=block_m, BLOCK_N=ROW_MULTIPLE, HAS_IDS=self.has_ids,
-                EXCLUDE_SELF=self.call.exclude_self, GRAD=want_dx or want_dy, DPARAMS=want_dparams, num_warps=4,
+                row0, n_rows, row0 // tile.block_m, x.n, y.n, x.n_pad, y.n_pad, g.stride(0), *self.pairs,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, HAS_IDS=self.has_ids,
+                EXCLUDE_SELF=self.call.exclude_self, GRAD=want_dx or want_dy, DPARAMS=want_dparams,
+                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             if want_dx:
                 product_into(dx[row0 : row0 + n_rows], g[:n_rows], y.z)  # (9)

@@ -319,24 +319,25 @@ def sweep_kernel(
             tl.store(record + tl.arange(0, SUMS), put(pos, 2, total((pos_log2 + log2_1p(pos_p)).to(tl.float64))))
             tl.debug_barrier()
         store_lanes(record, p, log2_sum, products, sigmas, sigma_products, inverse, rows < m)
+    stride = m_pad.to(tl.int64) * WIDTH
     if GRAD:
-        stride = m_pad.to(tl.int64) * WIDTH
         tl.store(partial_ptr + tl.program_id(1) * stride + at, acc)
-        if FINISH:
-            tl.debug_barrier()  # all of this program's stores come before its ticket
-            if tl.atomic_add(counter_ptr + 1 + tl.program_id(0), 1) == splits - 1:
-                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-                for split in range(0, splits):
-                    acc += tl.load(partial_ptr + split * stride + at, cache_modifier=".cg")
-                back = tl.load(x_rows_ptr + m_pad + rows)
-                z = load_rows(x_ptr, at, (rows < m_pad)[:, None], m_pad, BLOCK_D, PRODUCT)
-                dx = project(acc, z, inverse, back, tl.load(coef_ptr + 6), NORMALIZE)
-                dx_at = dx_ptr + rows[:, None].to(tl.int64) * d + depth[None, :]
-                tl.store(dx_at, dx, mask=(rows[:, None] < m) & (depth[None, :] < d))
-    if LOSS:
-        tl.debug_barrier()
-        if tl.atomic_add(counter_ptr, 1) == programs - 1:
+    tl.debug_barrier()  # all of this program's stores come before its tickets
+    if LOSS:  # before the gradient, whose end wants all registers
+        ticket = tl.atomic_add(counter_ptr, 1)
+        if ticket == programs - 1:
             write_results(sums_ptr, programs, coef_ptr, loss_ptr, stats_ptr, dparams_ptr, DPARAMS)
+    if GRAD and FINISH:
+        ticket = tl.atomic_add(counter_ptr + 1 + tl.program_id(0), 1)
+        if ticket == splits - 1:
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            for split in range(0, splits):
+                acc += tl.load(partial_ptr + split * stride + at, cache_modifier=".cg")
+            back = tl.load(x_rows_ptr + m_pad + rows)
+            z = load_rows(x_ptr, at, (rows < m_pad)[:, None], m_pad, BLOCK_D, PRODUCT)
+            dx = project(acc, z, inverse, back, tl.load(coef_ptr + 6), NORMALIZE)
+            dx_at = dx_ptr + rows[:, None].to(tl.int64) * d + depth[None, :]
+            tl.store(dx_at, dx, mask=(rows[:, None] < m) & (depth[None, :] < d))
 
 
 @triton.jit(do_not_specialize=["n", "d", "splits"])

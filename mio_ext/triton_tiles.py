@@ -34,7 +34,7 @@ TILES: dict[tuple[int, str, int], Tile] = {
     (90, "16-bit", 128): Tile(128, 64, 8, 3),
     (90, "16-bit", 256): Tile(64, 32, 8, 2),
     (90, "tf32", 64): Tile(64, 32, 4, 2),
-    (90, "tf32", 128): Tile(64, 32, 4, 2),
+    (90, "tf32", 128): Tile(64, 32, 8, 2),
     (90, "tf32", 256): Tile(64, 32, 8, 2),
     (90, "fp16x3", 64): Tile(64, 32, 4, 2),
     (90, "fp16x3", 128): Tile(64, 32, 8, 2),
@@ -42,11 +42,11 @@ TILES: dict[tuple[int, str, int], Tile] = {
     (100, "16-bit", 64): Tile(128, 32, 8, 3),
     (100, "16-bit", 128): Tile(128, 32, 8, 3),
     (100, "16-bit", 256): Tile(64, 32, 8, 2),
-    (100, "tf32", 64): Tile(64, 32, 4, 3),
+    (100, "tf32", 64): Tile(128, 32, 8, 3),
     (100, "tf32", 128): Tile(64, 32, 4, 2),
-    (100, "tf32", 256): Tile(32, 32, 8, 2),
+    (100, "tf32", 256): Tile(64, 16, 8, 2),
     (100, "fp16x3", 64): Tile(128, 32, 8, 2),
-    (100, "fp16x3", 128): Tile(128, 32, 8, 2),
+    (100, "fp16x3", 128): Tile(128, 16, 8, 2),
     (100, "fp16x3", 256): Tile(64, 16, 8, 2),
 }
 
@@ -87,8 +87,16 @@ LABEL_TILES: dict[tuple[int, str, int], Tile] = {
     (90, "tf32", 128): Tile(32, 16, 8, 2),
     (90, "fp16x3", 128): Tile(32, 16, 8, 2),
     (90, "fp16x3", 256): Tile(32, 16, 8, 2),
+    # 64 rows or more: Triton 3.6 cannot compile them
+    (100, "fp16x3", 64): Tile(32, 16, 8, 2),
+    (100, "fp16x3", 128): Tile(32, 16, 8, 2),
     (100, "fp16x3", 256): Tile(32, 16, 8, 2),
 }
+
+
+def terms_tile(itemsize: int) -> Tile:
+    """The epilogue's of the chunked path: a thread loads 16 bytes of a row of logits."""
+    return Tile(8, 64, itemsize, 3)
 
 
 def table_capability(capability: int) -> int:
