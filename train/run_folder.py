@@ -63,6 +63,17 @@ def create_run_folder(output: str | None, name: str, overwrite: bool) -> Path:
     return folder
 
 
+def has_ended(folder: Path, scored: bool) -> bool:
+    """Whether the run has written all it writes; the card is the last of it."""
+    return (folder / CARD).is_file() and (not scored or (folder / RESULTS).is_file())
+
+
+def take_back_end(folder: Path) -> None:
+    """A run that goes on has not ended, and its old results would mislead."""
+    for name in (CARD, RESULTS):
+        (folder / name).unlink(missing_ok=True)
+
+
 class RunLog:
     """JSON lines, flushed at once so that a crash loses nothing; the same metrics as a CSV table and for TensorBoard.
 
