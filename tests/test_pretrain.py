@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import mio_ext
 from mio_ext import distributed
 from mio_ext.reference import PairStats
-from train import pretrain
+from train import plots, pretrain
 from train.data import random_batches
 from train.export import load_encoder
 from train.model import build_backbone, build_model
@@ -95,6 +95,13 @@ def test_a_run_leaves_log_results_and_plots(short_run):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert "images/s" in done.stdout  # plain lines, since this is no terminal
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_handful_of_test_images_can_be_drawn(tmp_path):
+    """As a small folder of photos has them: t-SNE refuses a perplexity that is not below their number."""
+    features = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    plots.plot_embedding(features, torch.tensor([0, 0, 1, 1]), tmp_path / "embedding.png")
+    assert (tmp_path / "embedding.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_checkpoint_loads_strictly_without_pickled_code(short_run):

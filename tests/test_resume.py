@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that is interrupted, goes on, and what it must never lose."""
 
+import errno
 import json
 import os
 import re
@@ -136,6 +137,20 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert re.match(r"cannot save the checkpoint of step 2 \(.*\); the previous one is intact in ", done.stdout), done
     assert torch.load(path, weights_only=True)["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_elsewhere_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*arguments, **fields):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for owner, name in ((Path, "write_bytes"), (RunLog, "write")):  # the encoder at the end; the log at any time
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            arguments = [*SMALL, "--limit-steps", "1", "--no-evaluate", "--output", str(tmp_path / name)]
+            assert pretrain.run(arguments) == 2
+        error = capsys.readouterr().err
+        assert re.match(r"pretrain.py: (cannot write .*encoder.safetensors: No space|the disk is full; )", error)
+        assert error.count("\n") == 1
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path):

@@ -133,6 +133,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -38,9 +38,9 @@ import torch
 from torch import Tensor, nn
 
 from train.card import write_card
-from train.config import Config, check_same, load_config, parse_arguments
+from train.config import Config, parse_arguments
 from train.data import ImageData, generator_for, prefetch, random_batches
-from train.device import is_out_of_memory, versions
+from train.device import is_out_of_disk, is_out_of_memory, versions
 from train.export import export_encoder
 from train.monitor import Progress, StepMetrics, StopRequest, Stopwatch, report
 from train.optimizer import build_optimizer, learning_rate
@@ -277,6 +277,8 @@ def save_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot,
         print(f"no plots: {error} (pip install matplotlib)", file=sys.stderr)
         return
     plots.plot_loss(history, folder / LOSS_PLOT)
+    if len(after.features.test) < 3:
+        return  # no pairs of images, or nothing to arrange
     plots.plot_cosines(before.cosines, after.cosines, folder / COSINE_PLOT)
     plots.plot_embedding(after.features.test[:2000], after.features.test_labels[:2000], folder / EMBEDDING_PLOT)
 
@@ -288,11 +290,8 @@ def last_step(config: Config, images: int) -> int:
 
 def open_run(config: Config, setup: Setup) -> tuple[Path, dict[str, Any] | None]:
     """(the run folder, the checkpoint to go on from)."""
-    if config.resume is not None:
-        folder = Path(config.output or config.resume)
-        if config.resume != "auto" or (folder / CHECKPOINT).exists():
-            check_same(load_config(folder), config, folder)
-            return folder, load_checkpoint(folder / CHECKPOINT)
+    if (folder := config.run_to_resume()) is not None:
+        return folder, load_checkpoint(folder / CHECKPOINT)
     overwrite = config.overwrite or config.resume == "auto"
     folder = create_run_folder(config.output, setup.data.name, overwrite)
     write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_toml(), encoding="utf-8"))
@@ -306,10 +305,12 @@ def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> Non
         return
     try:
         pretrain(config, processes, args.dry_run)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"out of memory: try --batch-size {max(config.batch_size // 2, 2)}") from error
+    except (RuntimeError, MemoryError, OSError) as error:
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory: try --batch-size {max(config.batch_size // 2, 2)}") from error
+        if is_out_of_disk(error):
+            raise UserError("the disk is full; once it is not, --resume goes on from the last checkpoint") from error
+        raise
 
 
 def pretrain(config: Config, processes: Processes, try_only: bool) -> None:
