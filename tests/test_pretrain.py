@@ -28,11 +28,11 @@ sys.path.insert(0, str(ROOT))
 import mio_ext
 from mio_ext import distributed
 from mio_ext.reference import PairStats
-from train import pretrain
+from train import plots, pretrain
 from train.data import random_batches
 from train.export import load_encoder
 from train.model import build_backbone, build_model
-from train.monitor import StepMetrics
+from train.monitor import METRICS, Progress, StepMetrics, report, spread
 from train.optimizer import learning_rate, parameter_groups
 from train.run_folder import TENSORBOARD, UserError
 
@@ -95,6 +95,13 @@ def test_a_run_leaves_log_results_and_plots(short_run):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert "images/s" in done.stdout  # plain lines, since this is no terminal
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_handful_of_test_images_can_be_drawn(tmp_path):
+    """As a small folder of photos has them: t-SNE refuses a perplexity that is not below their number."""
+    features = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    plots.plot_embedding(features, torch.tensor([0, 0, 1, 1]), tmp_path / "embedding.png")
+    assert (tmp_path / "embedding.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_checkpoint_loads_strictly_without_pickled_code(short_run):
@@ -308,10 +315,10 @@ def test_collapse_is_reported_in_words(capsys):
         metrics, log = StepMetrics(), Log()
         loss, stats = mio_ext.mio_loss(*z.chunk(2), backend="reference", return_stats=True)
         assert isinstance(stats, PairStats)
-        metrics.add(loss, stats, z)
-        with pretrain.Progress(100) as progress:
+        metrics.add(loss, stats)
+        with Progress(100) as progress:
             progress.advance(50)
-            pretrain.report(metrics, 1, 1, 0.1, z, progress, log)
+            report(metrics, 1, 1, 0.1, z, progress, log)
         return [event for event, _ in log]
 
     generator = torch.Generator().manual_seed(0)
@@ -327,13 +334,14 @@ def test_metrics_of_a_known_batch():
     z = torch.eye(4).repeat(2, 1)
     loss, stats = mio_ext.mio_loss(*z.chunk(2), regularizer=1.0, backend="reference", return_stats=True)
     metrics = StepMetrics()
-    metrics.add(loss, stats, z)
-    row = dict(zip(pretrain.METRICS, metrics.read()[0].tolist(), strict=True))
+    metrics.add(loss, stats)
+    row = dict(zip(METRICS, metrics.read()[0].tolist(), strict=True))
     softplus = torch.nn.functional.softplus
     positive, negative = softplus(torch.tensor(-2.0)).item(), softplus(torch.tensor(0.0)).item()
     expected = {"positive_loss": positive, "negative_loss": negative, "loss": positive + negative}
-    expected |= {"positive_cosine": 1.0, "negative_cosine": 0.0, "spread": 2 * (8 * 3 / 16 / 7) ** 0.5}
+    expected |= {"positive_cosine": 1.0, "negative_cosine": 0.0}
     assert row == pytest.approx(expected, abs=1e-6)
+    assert float(spread(z)) == pytest.approx(2 * (8 * 3 / 16 / 7) ** 0.5, abs=1e-6)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():

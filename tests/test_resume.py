@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that is interrupted, goes on, and what it must never lose."""
 
+import errno
 import json
 import os
 import re
@@ -63,6 +64,32 @@ def test_resume_is_bit_exact(tmp_path, fast_probes, capsys):
     assert len(losses[0]) == 4
 
 
+def test_a_complete_run_is_left_alone(tmp_path, fast_probes, capsys):
+    """Resumed, it says so; what its end lacks is made up for, and its time is that of all parts."""
+    run = tmp_path / "run"
+    common = [*SMALL, "--resume", "auto", "--output", str(run)]
+    assert pretrain.run([*common, "--limit-steps", "2"]) == 0
+    first = json.loads((run / "results.json").read_text())
+    assert pretrain.run([*common, "--limit-steps", "3"]) == 0
+    second = json.loads((run / "results.json").read_text())
+    for time in ("seconds", "cpu_seconds"):
+        assert second[time] > first[time] > 0
+
+    files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()}
+    for arguments in ([*common, "--limit-steps", "3"], ["--resume", str(run), "--limit-steps", "1"]):
+        capsys.readouterr()
+        assert pretrain.run(arguments) == 0
+        said = capsys.readouterr()
+        assert said.out + said.err == f"the run in {run} is complete after step 3: nothing is left to do\n"
+        assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()} == files
+
+    (run / "README.md").unlink()  # as if killed after the last checkpoint
+    assert pretrain.run(["--resume", str(run), "--limit-steps", "3"]) == 0
+    assert (run / "README.md").exists()
+    again = json.loads((run / "results.json").read_text())
+    assert again["seconds"] == second["seconds"]
+
+
 def test_resume_auto_starts_goes_on_and_refuses_other_options(tmp_path, fast_probes, capsys):
     output = tmp_path / "run"
     common = [*SMALL, "--resume", "auto", "--output", str(output)]
@@ -110,6 +137,20 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert re.match(r"cannot save the checkpoint of step 2 \(.*\); the previous one is intact in ", done.stdout), done
     assert torch.load(path, weights_only=True)["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_elsewhere_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*arguments, **fields):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for owner, name in ((Path, "write_bytes"), (RunLog, "write")):  # the encoder at the end; the log at any time
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            arguments = [*SMALL, "--limit-steps", "1", "--no-evaluate", "--output", str(tmp_path / name)]
+            assert pretrain.run(arguments) == 2
+        error = capsys.readouterr().err
+        assert re.match(r"pretrain.py: (cannot write .*encoder.safetensors: No space|the disk is full; )", error)
+        assert error.count("\n") == 1
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path):

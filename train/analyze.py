@@ -169,6 +169,8 @@ def measured_information(config: Config, setup: Setup, loss: Mapping[str, float]
     scale, bias = 1 / loss["temperature"], loss["bias"]
     a, b = best_affine_critic(view_cosines(setup, setup.model, setup.data.pretrain))
     held_out = setup.data.pretrain if setup.data.test is None else setup.data.test.images
+    if len(held_out) < 2:
+        raise UserError(f"{setup.data.name} has a single test image, and information is that of pairs")
     cosines = view_cosines(setup, setup.model, held_out)
     values = {
         "images": len(cosines.positive),

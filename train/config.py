@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from train.run_folder import UserError
+from train.run_folder import CHECKPOINT, UserError
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 DATASETS = PRESETS / "datasets.toml"
@@ -157,6 +157,13 @@ class Config:
     @property
     def embedding(self) -> int:
         return self.projector[-1]
+
+    def run_to_resume(self) -> Path | None:
+        """The folder of the run to go on with; None for a new run."""
+        if self.resume is None:
+            return None
+        folder = Path(self.output or self.resume)
+        return None if self.resume == "auto" and not (folder / CHECKPOINT).exists() else folder
 
     def to_toml(self) -> str:
         """All options, loadable by ``--config``; an option left to the script (none) is a comment."""
@@ -298,7 +305,10 @@ def parse_arguments(argv: Sequence[str] | None, prog: str, description: str) -> 
     args = make_parser(prog, description).parse_args(argv)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items() if name in TYPES}
     if given.get("resume") in (None, "auto"):
-        return combine(given, args.preset, args.config), args
+        config = combine(given, args.preset, args.config)
+        if (folder := config.run_to_resume()) is not None:
+            check_same(load_config(folder), config, folder)
+        return config, args
     if args.preset or args.config:
         raise UserError("--resume RUN takes its options from the run: drop --preset and --config")
     run = Path(given["resume"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 from typing import Any
 
@@ -68,6 +69,10 @@ def versions(device: torch.device, processes: Processes = ALONE) -> dict[str, An
         "threads": torch.get_num_threads(),
         "processes": processes.count,
     }
+
+
+def is_out_of_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_out_of_memory(error: Exception) -> bool:

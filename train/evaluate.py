@@ -26,7 +26,7 @@ from train import classifier, probes
 from train.augment import Preprocess, ViewRanges
 from train.card import write_card
 from train.config import OneLineParser, load_config
-from train.run_folder import CHECKPOINT, ENCODER, UserError, load_checkpoint, write_atomically
+from train.run_folder import CARD, CHECKPOINT, UserError, load_checkpoint, write_atomically
 from train.setup import Setup, set_up
 
 
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = args.run / f"evaluation-{args.protocol}.json"
     content = json.dumps({"protocol": args.protocol, "labels": args.labels, **result}, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(content))
-    if (args.run / ENCODER).exists():  # the run has ended and has a card
+    if (args.run / CARD).exists():  # the run has ended
         write_card(args.run)
     if args.protocol != "linear":
         print(f"{args.protocol}: {next(iter(result.values())):.2f} % of the test images")
@@ -133,6 +133,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

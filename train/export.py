@@ -9,7 +9,6 @@ The file's metadata holds what it takes to use it: network, stem, mean, std, ima
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,9 +19,10 @@ sys.path.insert(0, str(REPOSITORY))
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from train.config import OneLineParser
 from train.model import build_backbone
 from train.run_folder import CHECKPOINT, ENCODER, UserError, load_checkpoint, write_atomically
 
@@ -43,10 +43,18 @@ class Encoder(NamedTuple):
 
 
 def export_encoder(backbone: nn.Module, architecture: dict[str, object], path: Path) -> None:
-    """``architecture``: backbone, channels, stem, stem_padding, image_size, mean and std."""
+    """``architecture``: backbone, channels, stem, stem_padding, image_size, mean and std.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     tensors = {key: value.cpu().contiguous() for key, value in backbone.state_dict().items()}
     metadata = {key: json.dumps(value) for key, value in architecture.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    try:
+        # Not save_file: it keeps the file from everyone but its owner.
+        write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -73,18 +81,18 @@ def load_encoder(path: str | Path) -> Encoder:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="export.py", description="Write a run's encoder as safetensors.")
+    parser = OneLineParser(prog="export.py", description="Write a run's encoder as safetensors.")
     parser.add_argument("run", type=Path, help="run folder with a checkpoint")
     parser.add_argument("--output", type=Path, help=f"file to write (RUN/{ENCODER})")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         checkpoint = load_checkpoint(args.run / CHECKPOINT)
         about = checkpoint["architecture"]
         network, _ = build_backbone(about["backbone"], about["channels"], about["stem"], about["stem_padding"])
         network.load_state_dict(checkpoint["backbone"], strict=True)
         output = args.output or args.run / ENCODER
         export_encoder(network, about, output)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2
     print(f"encoder of step {checkpoint['step']} written to {output}")

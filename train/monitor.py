@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.probes import rankme
+from train.run_folder import RunLog, UserError
+
 try:
     from tqdm import tqdm
 except ImportError:  # a progress bar is a comfort: without tqdm, plain lines
     tqdm = None
 
-METRICS = ("loss", "positive_loss", "negative_loss", "positive_cosine", "negative_cosine", "spread")
+METRICS = ("loss", "positive_loss", "negative_loss", "positive_cosine", "negative_cosine")
 
 
 def spread(z: Tensor) -> Tensor:
@@ -34,9 +38,9 @@ class StepMetrics:
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
 
-    def add(self, loss: Tensor, stats: Any, z: Tensor) -> None:
+    def add(self, loss: Tensor, stats: Any) -> None:
         pairs = (stats.positive_loss, stats.negative_loss, stats.positive_cosine, stats.negative_cosine)
-        self.rows.append(torch.stack([value.detach().double() for value in (loss, *pairs, spread(z))]))
+        self.rows.append(torch.stack([value.detach().double() for value in (loss, *pairs)]))
 
     def read(self) -> Tensor:
         """[steps since the last call, len(METRICS)] on the CPU."""
@@ -53,6 +57,16 @@ def collapse_warning(metrics: dict[str, float]) -> str | None:
             "try a lower --learning-rate or --regularizer, or a larger --batch-size"
         )
     return None
+
+
+class Stopwatch:
+    """Time of the clock and of this process's processors, on top of what earlier processes took."""
+
+    def __init__(self, seconds: float, cpu_seconds: float) -> None:
+        self.start, self.cpu_start = time.perf_counter() - seconds, time.process_time() - cpu_seconds
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.start, "cpu_seconds": time.process_time() - self.cpu_start}
 
 
 class Progress:
@@ -102,6 +116,39 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def report(
+    metrics: StepMetrics,
+    epoch: int,
+    step: int,
+    lr: float,
+    z: Tensor,
+    progress: Progress,
+    log: RunLog,
+    norms: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Read the metrics of one interval and log their means; stop the run where the loss is not finite.
+
+    ``z``, what is computed from it and the ``norms`` of its gradient are those of the interval's last step.
+    """
+    rows = metrics.read()
+    finite = rows[:, METRICS.index("loss")].isfinite()
+    if not finite.all():
+        first = step - len(rows) + 1 + int(finite.logical_not().nonzero()[0])
+        raise UserError(f"the loss is not finite at step {first}: try a lower --learning-rate; log in {log.file.name}")
+    means = dict(zip(METRICS, rows.mean(0).tolist(), strict=True)) | {"spread": float(spread(z))}
+    # Eq. (6) at one temperature: a lower bound of the Jensen-Shannon divergence of the two kinds of pairs.
+    information = math.log(2) - (means["positive_loss"] + means["negative_loss"]) / 2
+    entry = {"epoch": epoch, "step": step, "lr": lr, **means, "js_estimate": information}
+    entry |= {"rankme": float(rankme(z.detach())), "images_per_second": progress.rate}
+    entry |= norms or {}
+    log.write("train", **entry)
+    progress.report(epoch, step, means)
+    if warning := collapse_warning(means):
+        log.write("warning", step=step, message=warning)
+        progress.say(f"warning: {warning}")
+    return entry
 
 
 class StopRequest:

@@ -80,8 +80,9 @@ def plot_cosines(before: PairCosines, after: PairCosines, path: Path) -> None:
 def plot_embedding(features: Tensor, labels: Tensor, path: Path) -> None:
     """t-SNE of the test split's features, coloured by class."""
     centred = torch.nn.functional.normalize(features - features.mean(0), dim=1)
+    perplexity = min(30, (len(features) - 1) / 3)
     with threadpool_limits(1):  # as for the probes: too small to share
-        xy = TSNE(n_components=2, init="pca", perplexity=30, random_state=0).fit_transform(centred.numpy())
+        xy = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=0).fit_transform(centred.numpy())
     figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for index, label in enumerate(labels.unique().tolist()):

@@ -19,9 +19,8 @@ import math
 import os
 import shlex
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +38,11 @@ import torch
 from torch import Tensor, nn
 
 from train.card import write_card
-from train.config import Config, check_same, load_config, parse_arguments
+from train.config import Config, parse_arguments
 from train.data import ImageData, generator_for, prefetch, random_batches
-from train.device import is_out_of_memory, versions
+from train.device import is_out_of_disk, is_out_of_memory, versions
 from train.export import export_encoder
-from train.monitor import METRICS, Progress, StepMetrics, StopRequest, collapse_warning
+from train.monitor import Progress, StepMetrics, StopRequest, Stopwatch, report
 from train.optimizer import build_optimizer, learning_rate
 from train.probes import (
     Features,
@@ -54,7 +53,6 @@ from train.probes import (
     knn_accuracy,
     label_budgets,
     pair_cosines,
-    rankme,
 )
 from train.processes import ALONE, Processes
 from train.run_folder import (
@@ -68,8 +66,10 @@ from train.run_folder import (
     RunLog,
     UserError,
     create_run_folder,
+    has_ended,
     load_checkpoint,
     save_checkpoint,
+    take_back_end,
     write_atomically,
 )
 from train.setup import Setup, set_up
@@ -95,8 +95,9 @@ class Trainer:
         self.parameters = nn.ModuleList([setup.model, setup.objective])
         self.optimizer = build_optimizer(self.parameters, config)
         self.steps_per_epoch = len(setup.data.pretrain) // config.batch_size
-        self.total = config.epochs * self.steps_per_epoch
+        self.last = last_step(config, len(setup.data.pretrain))
         self.step = 0
+        self.times = {"seconds": 0.0, "cpu_seconds": 0.0}  #: of the steps so far, whatever processes took them
         self.metrics = StepMetrics()
         self.network, self.objective = self.processes.wrap(setup.model), self.processes.wrap(setup.objective)
         self.forward: Callable[[Tensor], Tensor] = self.network
@@ -111,7 +112,7 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.setup.model.buffers()]
         try:
             with torch.random.fork_rng():
-                self.loss_of(self.batch_of(0), 0)  # runs the compiler
+                self.loss_of(self.batch_of(0), 0)[0].backward()  # each runs the compiler
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -120,7 +121,8 @@ class Trainer:
             print(f"warning: not compiled: {str(error).splitlines()[0]}", file=sys.stderr)
             self.forward = self.network
             self.setup.preprocess.function = self.setup.preprocess.augment
-        finally:  # batch norm has seen a batch that does not count
+        finally:  # batch norm and gradients have seen a batch that does not count
+            self.optimizer.zero_grad(set_to_none=True)
             for buffer, value in zip(self.setup.model.buffers(), buffers, strict=True):
                 buffer.copy_(value)
 
@@ -157,6 +159,7 @@ class Trainer:
             "objective": self.setup.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "times": self.times,
             "images": len(self.setup.data.pretrain),
             "config": asdict(self.config),
             "architecture": self.setup.architecture,
@@ -169,16 +172,16 @@ class Trainer:
         self.setup.model.projector.load_state_dict(checkpoint["projector"], strict=True)
         self.setup.objective.load_state_dict(checkpoint["objective"], strict=True)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.step = checkpoint["step"]
+        self.step, self.times = checkpoint["step"], checkpoint.get("times", self.times)
 
     def train(self) -> None:
         """From the current step to the last; saves on the way, on Ctrl-C and on SIGTERM."""
-        config = self.config
-        last = min(self.total, config.limit_steps or self.total)
+        config, last = self.config, self.last
         unit = self.steps_per_epoch if config.schedule_by == "epoch" else 1
         schedule = (config.schedule_epochs or config.epochs) * self.steps_per_epoch // unit
         warmup = config.warmup_epochs * self.steps_per_epoch / unit
         self.setup.model.train()
+        watch = Stopwatch(**self.times)
         with StopRequest() as stop, Progress(last * config.batch_size, self.step * config.batch_size) as progress:
             for images in self.batches(self.step, last):
                 rate = learning_rate(self.step // unit, schedule, warmup, config.learning_rate)
@@ -190,17 +193,19 @@ class Trainer:
                 self.optimizer.step()
                 self.step += 1
 
-                z = torch.cat([self.processes.gather(half) for half in z.detach().chunk(2)])
                 progress.advance(config.batch_size)
                 stopped = self.processes.maximum(stop.requested)  # all stop after the same step
+                save = self.step % (config.save_every * self.steps_per_epoch) == 0 or self.step == last or stopped
+                if log := self.step % config.log_every == 0 or save:  # in all processes at once
+                    z = torch.cat([self.processes.gather(half) for half in z.detach().chunk(2)])
                 if self.processes.first:
-                    self.metrics.add(loss, stats, z)
-                    save = self.step % (config.save_every * self.steps_per_epoch) == 0 or self.step == last or stopped
-                    if self.step % config.log_every == 0 or save:
+                    self.metrics.add(loss, stats)
+                    if log:
                         epoch = math.ceil(self.step / self.steps_per_epoch)
                         norms = self.setup.objective.gradient_norms(z)
                         report(self.metrics, epoch, self.step, rate, z, progress, self.log, norms)
                     if save:  # after the report, which stops at a loss that is not finite
+                        self.times = watch.read()
                         save_checkpoint(self.folder / CHECKPOINT, self.state())
                 self.online_knn(progress)
                 if stopped:
@@ -233,39 +238,6 @@ class Trainer:
 
 class Interrupted(Exception):
     """A signal ended the run; (its number, what was saved)."""
-
-
-def report(
-    metrics: StepMetrics,
-    epoch: int,
-    step: int,
-    lr: float,
-    z: Tensor,
-    progress: Progress,
-    log: RunLog,
-    norms: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """Read the metrics of one interval and log their means; stop the run where the loss is not finite.
-
-    ``z`` and the ``norms`` of its gradient are those of the interval's last step.
-    """
-    rows = metrics.read()
-    finite = rows[:, METRICS.index("loss")].isfinite()
-    if not finite.all():
-        first = step - len(rows) + 1 + int(finite.logical_not().nonzero()[0])
-        raise UserError(f"the loss is not finite at step {first}: try a lower --learning-rate; log in {log.file.name}")
-    means = dict(zip(METRICS, rows.mean(0).tolist(), strict=True))
-    # Eq. (6) at one temperature: a lower bound of the Jensen-Shannon divergence of the two kinds of pairs.
-    information = math.log(2) - (means["positive_loss"] + means["negative_loss"]) / 2
-    entry = {"epoch": epoch, "step": step, "lr": lr, **means, "js_estimate": information}
-    entry |= {"rankme": float(rankme(z.detach())), "images_per_second": progress.rate}
-    entry |= norms or {}
-    log.write("train", **entry)
-    progress.report(epoch, step, means)
-    if warning := collapse_warning(means):
-        log.write("warning", step=step, message=warning)
-        progress.say(f"warning: {warning}")
-    return entry
 
 
 class Snapshot(NamedTuple):
@@ -305,17 +277,21 @@ def save_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot,
         print(f"no plots: {error} (pip install matplotlib)", file=sys.stderr)
         return
     plots.plot_loss(history, folder / LOSS_PLOT)
+    if len(after.features.test) < 3:
+        return  # no pairs of images, or nothing to arrange
     plots.plot_cosines(before.cosines, after.cosines, folder / COSINE_PLOT)
     plots.plot_embedding(after.features.test[:2000], after.features.test_labels[:2000], folder / EMBEDDING_PLOT)
 
 
+def last_step(config: Config, images: int) -> int:
+    total = config.epochs * (images // config.batch_size)
+    return min(total, config.limit_steps or total)
+
+
 def open_run(config: Config, setup: Setup) -> tuple[Path, dict[str, Any] | None]:
     """(the run folder, the checkpoint to go on from)."""
-    if config.resume is not None:
-        folder = Path(config.output or config.resume)
-        if config.resume != "auto" or (folder / CHECKPOINT).exists():
-            check_same(load_config(folder), config, folder)
-            return folder, load_checkpoint(folder / CHECKPOINT)
+    if (folder := config.run_to_resume()) is not None:
+        return folder, load_checkpoint(folder / CHECKPOINT)
     overwrite = config.overwrite or config.resume == "auto"
     folder = create_run_folder(config.output, setup.data.name, overwrite)
     write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_toml(), encoding="utf-8"))
@@ -329,10 +305,12 @@ def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> Non
         return
     try:
         pretrain(config, processes, args.dry_run)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"out of memory: try --batch-size {max(config.batch_size // 2, 2)}") from error
+    except (RuntimeError, MemoryError, OSError) as error:
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory: try --batch-size {max(config.batch_size // 2, 2)}") from error
+        if is_out_of_disk(error):
+            raise UserError("the disk is full; once it is not, --resume goes on from the last checkpoint") from error
+        raise
 
 
 def pretrain(config: Config, processes: Processes, try_only: bool) -> None:
@@ -341,33 +319,36 @@ def pretrain(config: Config, processes: Processes, try_only: bool) -> None:
         dry_run(config, setup)
         return
     folder, checkpoint = processes.from_first(lambda: open_run(config, setup))
+    scored = config.evaluate and setup.data.train is not None
+    trained = checkpoint is not None and checkpoint["step"] >= last_step(config, checkpoint["images"])
+    if trained and processes.from_first(lambda: has_ended(folder, scored)):
+        print(f"the run in {folder} is complete after step {checkpoint['step']}: nothing is left to do")
+        return
     log = open_log(folder, checkpoint, config, setup) if processes.first else None
     n = len(setup.data.pretrain)
     together = f" in each of {processes.count} processes" if processes.count > 1 else ""
     print(f"{setup.data.name}: {n} training images on {setup.device}{together}, run folder {folder}", flush=True)
 
-    scored = config.evaluate and setup.data.train is not None and processes.first
-    before = take_snapshot(setup) if scored else None
+    before = take_snapshot(setup) if scored and processes.first else None
     processes.wait()
     trainer = Trainer(config, setup, folder, log)
     if checkpoint is not None:
         trainer.load(checkpoint)
-        print(f"going on after step {trainer.step} of {trainer.total}", flush=True)
+        print(f"going on after step {trainer.step} of {trainer.last}", flush=True)
     trainer.compile()
-    start, cpu_start = time.perf_counter(), time.process_time()
     trainer.train()
-    times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     if log is None:
         return
     export_encoder(setup.model.backbone, setup.architecture, folder / ENCODER)
     if before is not None:
-        finish(config, setup, folder, log, before, times)
+        finish(config, setup, folder, log, before, trainer.times)
     write_card(folder)
     log.close()
-    print(f"trained in {times['seconds']:.0f} s; encoder, log, checkpoint and results are in {folder}")
+    print(f"trained in {trainer.times['seconds']:.0f} s; encoder, log, checkpoint and results are in {folder}")
 
 
 def open_log(folder: Path, checkpoint: dict[str, Any] | None, config: Config, setup: Setup) -> RunLog:
+    take_back_end(folder)
     log = RunLog(folder, None if checkpoint is None else checkpoint["step"])
     log.write(
         "start" if checkpoint is None else "resume",
@@ -385,7 +366,7 @@ def dry_run(config: Config, setup: Setup) -> None:
     trainer = Trainer(config, setup, Path(os.devnull), None)  # type: ignore[arg-type]
     loss, _, _ = trainer.loss_of(trainer.batch_of(0), 0)
     loss.backward()
-    print(f"dry run: {len(setup.data.pretrain)} images, {trainer.total} steps, first loss {loss.item():.4f}")
+    print(f"dry run: {len(setup.data.pretrain)} images, {trainer.last} steps, first loss {loss.item():.4f}")
 
 
 def finish(config: Config, setup: Setup, folder: Path, log: RunLog, before: Snapshot, times: dict[str, float]) -> None:

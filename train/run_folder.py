@@ -63,6 +63,17 @@ def create_run_folder(output: str | None, name: str, overwrite: bool) -> Path:
     return folder
 
 
+def has_ended(folder: Path, scored: bool) -> bool:
+    """Whether the run has written all it writes; the card is the last of it."""
+    return (folder / CARD).is_file() and (not scored or (folder / RESULTS).is_file())
+
+
+def take_back_end(folder: Path) -> None:
+    """A run that goes on has not ended, and its old results would mislead."""
+    for name in (CARD, RESULTS):
+        (folder / name).unlink(missing_ok=True)
+
+
 class RunLog:
     """JSON lines, flushed at once so that a crash loses nothing; the same metrics as a CSV table and for TensorBoard.
 
@@ -154,7 +165,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     try:
         write_atomically(path, lambda temporary: torch.save(content, temporary))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).splitlines()[0]}"
         left = f"the previous one is intact in {path}" if path.exists() else "there is no earlier one"
         raise UserError(f"cannot save the checkpoint of step {content['step']} ({reason}); {left}") from error
 
@@ -163,6 +174,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no checkpoint yet: it ended before the first was saved") from error
+        reason = "has no checkpoint yet (--overwrite starts the run anew)" if path.parent.is_dir() else "does not exist"
+        raise UserError(f"{path.parent} {reason}") from error
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint of this script: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is damaged, or no checkpoint of this script: {str(error).splitlines()[0]}") from error
