@@ -98,7 +98,7 @@ struct Warp {
   void* arguments[32];
   void (*op)(void**) = nullptr;
   std::vector<std::vector<std::function<void()>>> groups{1};  // of wgmma, as a Thread's
-  std::set<const void*> busy;  // what these write, NaN until the wait
+  std::set<const void*> busy;                                 // what these write, NaN until the wait
   bool fenced = false;
 };
 

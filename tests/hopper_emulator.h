@@ -14,13 +14,13 @@ inline void wgmma_fence() {
 inline void wgmma_commit() {
   emulator::collective(nullptr, [](void**) { emulator::own_warp().groups.emplace_back(); });
 }
-inline void wgmma_wait() {
+template <int kOpenGroups>
+void wgmma_wait() {
   emulator::collective(nullptr, [](void**) {
     auto& groups = emulator::own_warp().groups;
     if (!groups.back().empty()) emulator::fail("a wait for products that are not committed");
-    for (const auto& group : groups)
-      for (const auto& product : group) product();
-    groups.assign(1, {});
+    for (; groups.size() > kOpenGroups + 1; groups.erase(groups.begin()))
+      for (const auto& product : groups.front()) product();
     emulator::own_warp().fenced = false;
   });
 }

@@ -105,6 +105,14 @@ struct Input {
     buffer.put(raw.data());
     features = {buffer.data(), d * stride, stride};
   }
+  void put(const Type& type, int64_t at, float v) {
+    std::vector<unsigned char> raw(values.size() * size_t(type.bytes));
+    buffer.get(raw.data());
+    const uint16_t bits = type.bytes == 2 ? narrow(type.arithmetic, v) : 0;
+    std::memcpy(&raw[size_t(at * type.bytes)], type.bytes == 2 ? static_cast<const void*>(&bits) : &v,
+                size_t(type.bytes));
+    buffer.put(raw.data());
+  }
 };
 
 struct Outputs {
@@ -116,7 +124,7 @@ struct Outputs {
 
 Outputs run(const Type& type, const Case& c, const LossParams& params, const Input& x, const Input& y,
             const std::vector<int64_t>& x_ids, const std::vector<int64_t>& y_ids, int multiprocessors, bool hopper,
-            bool in_tensor) {
+            bool in_tensor, bool want_dx = true) {
   const int64_t k = c.k ? c.k : c.m;
   Outputs out{0, std::vector<float>(c.m * c.d), std::vector<float>(c.k * c.d), std::vector<double>(8)};
   Buffer loss(4, 4), stats(64, 8), dx(out.dx.size() * 4, 4), dy(out.dy.size() * 4 + 4, 4), x_id(c.m * 8, 8),
@@ -143,7 +151,7 @@ Outputs run(const Type& type, const Case& c, const LossParams& params, const Inp
   p.params = in_tensor ? numbers.as<float>() : nullptr;
   p.constants = params;
   p.loss = loss.as<float>(), p.stats = stats.as<double>();
-  p.dx = dx.as<float>(), p.dy = c.k ? dy.as<float>() : nullptr;
+  p.dx = want_dx ? dx.as<float>() : nullptr, p.dy = c.k ? dy.as<float>() : nullptr;
   p.dparams = dparams.as<float>();
   p.multiprocessors = multiprocessors;
   p.hopper = hopper;
@@ -166,7 +174,7 @@ bool check(const Type& type, const Case& c, int multiprocessors, bool hopper) {
   std::vector<int64_t> x_ids(c.m), y_ids(k);
   for (int64_t i = 0; i < c.m; ++i) x_ids[i] = (i * 7 % 5) << 40;
   for (int64_t j = 0; j < k; ++j) y_ids[j] = (j * 3 % 5) << 40;
-  // Exact in float32. Logits of one column range stay below BoundedTerm::kBound, those of several do not.
+  // Exact in float32. Logits of one column range stay below TwoBoundedTerms::kBound, those of several do not.
   const LossParams params{4, multiprocessors == 1 ? 1.5 : 3, -0.5, 0.5, 1.0 / 64, c.normalize ? 0.25 : 0.0};
   const Result expected = by_double_loop(c, x.values, y.values, x_ids, y_ids, params);
   const Outputs out = run(type, c, params, x, y, x_ids, y_ids, multiprocessors, hopper, false);
@@ -178,13 +186,37 @@ bool check(const Type& type, const Case& c, int multiprocessors, bool hopper) {
   const double dx_error = none ? 0 : relative_distance(out.dx, expected.dx);
   const double dy_error = c.k && !none ? relative_distance(out.dy, expected.dy) : 0;
   const bool same = again == out;  // other blocks came first
+  bool alone_good = true;          // dy alone: its sweep makes the loss
+  if (c.k) {
+    const Outputs alone = run(type, c, params, x, y, x_ids, y_ids, multiprocessors, hopper, false, false);
+    alone_good = std::abs(alone.loss / expected.loss - 1) < type.loss_limit &&
+                 (none || relative_distance(alone.dy, expected.dy) < type.gradient_limit);
+  }
   // Written so that NaN fails.
-  const bool good =
-      loss_error < type.loss_limit && dx_error < type.gradient_limit && dy_error < type.gradient_limit && same;
+  const bool good = loss_error < type.loss_limit && alone_good && dx_error < type.gradient_limit &&
+                    dy_error < type.gradient_limit && same;
   if (!good || std::getenv("MIO_VERBOSE"))
-    std::printf("%s %s%s m=%ld k=%ld d=%ld ids=%d, %d multiprocessors: loss %.1e dx %.1e dy %.1e%s\n",
+    std::printf("%s %s%s m=%ld k=%ld d=%ld ids=%d, %d multiprocessors: loss %.1e dx %.1e dy %.1e%s%s\n",
                 good ? "ok" : "FAILED", type.name, hopper ? " hopper" : "", long(c.m), long(c.k), long(c.d), c.ids,
-                multiprocessors, loss_error, dx_error, dy_error, same ? "" : ", other bits in other order");
+                multiprocessors, loss_error, dx_error, dy_error, same ? "" : ", other bits in other order",
+                alone_good ? "" : ", dy alone is wrong");
+  return good;
+}
+
+// One feature that is not finite, of a column that is nobody's positive and crossed by no diagonal.
+bool check_not_finite(const Type& type, bool hopper, float value) {
+  const Case c{40, 600, 64, 0, 0, false, true, false};
+  const Input x(type, c.m, c.d, 1, 1);
+  Input y(type, c.k, c.d, 1, 2);
+  y.put(type, 400 * c.d, value);
+  bool good = true;
+  for (double scale : {1.0, 3.0}) {  // below TwoBoundedTerms::kBound, and not
+    const LossParams params{scale, scale, 0, 0.5, 1.0 / 64, 0};
+    const Outputs out =
+        run(type, c, params, x, y, std::vector<int64_t>(c.m), std::vector<int64_t>(c.k), 1, hopper, false);
+    good = good && std::isnan(out.loss) && std::isnan(out.stats[3]) && std::isnan(out.dx[0]);
+  }
+  if (!good) std::printf("FAILED %s%s: %f in a feature is lost\n", type.name, hopper ? " hopper" : "", double(value));
   return good;
 }
 
@@ -281,6 +313,10 @@ int main(int argc, char** argv) {
         failures += !check(type, c, multiprocessors, false), ++count;
         if (type.bytes == 2 && has_hopper()) failures += !check(type, c, multiprocessors, true), ++count;
       }
+  for (const Type& type : kTypes)
+    for (bool hopper : {false, true})
+      for (float value : {std::nanf(""), INFINITY})
+        if (!hopper || (type.bytes == 2 && has_hopper())) failures += !check_not_finite(type, hopper, value), ++count;
   std::printf("%d failures in %d cases and the index maps\n", failures, count);
   return failures != 0;
 }

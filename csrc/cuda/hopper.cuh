@@ -38,7 +38,11 @@ namespace mio_ext {
 // that they use have been written.
 MIO_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 MIO_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-MIO_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until at most kOpenGroups of the committed ones, the youngest, are under way.
+template <int kOpenGroups>
+MIO_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kOpenGroups) : "memory");
+}
 // Keeps the compiler from using a product's registers before this point for anything else.
 MIO_DEVICE void hold(float& r) { asm volatile("" : "+f"(r)::"memory"); }
 MIO_DEVICE void hold(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }

@@ -89,7 +89,7 @@ template <class A, int kWidth, bool kIds>
 __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A, kWidth>::kFetchers, 1)
     sweep_hopper_kernel(const Sweep in) {
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  trap();  // such code is never chosen: launch_hopper_built() is false
+  trap();  // such code is never chosen: hopper_is_built() is false
 #else
   using T = HopperTile<A, kWidth>;
   constexpr int N = T::kBlockN / 8;
@@ -130,12 +130,17 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
     mbarrier_wait(ring.full(), ring.parity);
     barrier_wait(my_turn, T::kThreads);
     wgmma_fence();
-    start_gradient<A, T>(acc, g, last.columns());  // for the first, of zeros
     start_logits<A, T>(s[0], rows, Matrix(ring.columns()));
     wgmma_commit();
+    start_gradient<A, T>(acc, g, last.columns());  // of the tile before; for the first, of zeros
+    wgmma_commit();
     if (group == 0 || col0 + T::kBlockN < end) barrier_arrive(other_turn, T::kThreads);
-    wgmma_wait();
-    hold_all(acc[0]), hold_all(s[0]);
+    wgmma_wait<1>();
+    hold_all(s[0]);
+    const bool crossed = col0 + T::kBlockN > in.cols.n || in.pairs.cross(group_row0, T::kGroupRows, col0, T::kBlockN);
+    terms.tile(s, ring.columns() + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
+    wgmma_wait<0>();
+    hold_all(acc[0]);
 #pragma unroll
     for (int step = 0; step < N / 2; ++step)
 #pragma unroll
@@ -144,8 +149,6 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
       sync_warp();
       if (lane == 0) mbarrier_arrive(last.empty());
     }
-    const bool crossed = col0 + T::kBlockN > in.cols.n || in.pairs.cross(group_row0, T::kGroupRows, col0, T::kBlockN);
-    terms.tile(s, ring.columns() + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
 #pragma unroll
     for (int step = 0; step < N / 2; ++step) left_operand<A, N>(g[step], s[0], step);
     last = ring;
@@ -153,7 +156,7 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
   wgmma_fence();
   start_gradient<A, T>(acc, g, last.columns());
   wgmma_commit();
-  wgmma_wait();
+  wgmma_wait<0>();
   hold_all(acc[0]);
 
   if (in.grad) store_part<T>(in, acc, row0, blockIdx.y);

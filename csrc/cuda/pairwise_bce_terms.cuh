@@ -33,35 +33,45 @@ MIO_DEVICE void to_array(PairSums& from, double (&to)[kSums]) {
 // (1 + a)(1 + b) - 1
 MIO_DEVICE float times_1p(float a, float b) { return a * b + (a + b); }
 
-// A Term whose logit is at most kBound in magnitude: the same without a case, and nothing is tiny beside 1.
-struct BoundedTerm {
-  static constexpr float kBound = 3;  // 32 of 1 + 2^3 are 2^101
-  float factor, sigmoid;
-  MIO_DEVICE explicit BoundedTerm(float t) {
-    const float e = exp2_approx(t);
-    factor = 1 + e;
-    sigmoid = e * reciprocal(factor);
+// Two terms of a row, side by side, and the Sum of up to kMost of them on its way into a SoftplusSum.
+struct TwoTerms {
+  float sigmoid[2];
+  float relu, e;  // of both: the sum of max(t, 0), and the product of 1 + e, less 1
+
+  MIO_DEVICE TwoTerms(float t0, float t1) {
+    const Term a(t0), b(t1);
+    sigmoid[0] = a.sigmoid, sigmoid[1] = b.sigmoid;
+    relu = a.relu + b.relu;
+    e = times_1p(a.e, b.e);
   }
+
+  struct Sum {
+    static constexpr int kMost = 64;
+    float relu = 0, p = 0;
+    MIO_DEVICE void add(const TwoTerms& two) { relu += two.relu, p = times_1p(p, two.e); }
+    MIO_DEVICE void to(SoftplusSum& sum) const { sum.add(relu, p); }
+  };
 };
 
-// Terms on their way into a SoftplusSum, four at a time and kMost in all.
-template <class T>
-struct Group;
-template <>
-struct Group<Term> {
-  static constexpr int kMost = 64;
-  float relu = 0, p = 0, e[4];
-  MIO_DEVICE void put(int i, const Term& term) { relu += term.relu, e[i] = term.e; }
-  MIO_DEVICE void multiply() { p = times_1p(p, times_1p(times_1p(e[0], e[1]), times_1p(e[2], e[3]))); }
-  MIO_DEVICE void to(SoftplusSum& sum) const { sum.add(relu, p); }
-};
-template <>
-struct Group<BoundedTerm> {
-  static constexpr int kMost = 32;
-  float p = 1, factor[4];
-  MIO_DEVICE void put(int i, const BoundedTerm& term) { factor[i] = term.factor; }
-  MIO_DEVICE void multiply() { p *= (factor[0] * factor[1]) * (factor[2] * factor[3]); }
-  MIO_DEVICE void to(SoftplusSum& sum) const { sum.add(0, p - 1); }
+// The same of logits up to kBound in magnitude: without cases, for nothing is tiny beside 1, and with one reciprocal.
+struct TwoBoundedTerms {
+  static constexpr float kBound = 3;  // 32 of 1 + 2^3 are 2^101
+  float sigmoid[2];
+  float factor;  // (1 + e)(1 + e)
+
+  MIO_DEVICE TwoBoundedTerms(float t0, float t1) {
+    const float e0 = exp2_approx(t0), e1 = exp2_approx(t1), f0 = 1 + e0, f1 = 1 + e1;
+    factor = f0 * f1;
+    const float r = reciprocal(factor);
+    sigmoid[0] = e0 * (r * f1), sigmoid[1] = e1 * (r * f0);
+  }
+
+  struct Sum {
+    static constexpr int kMost = 32;
+    float p = 1;
+    MIO_DEVICE void add(const TwoBoundedTerms& two) { p *= two.factor; }
+    MIO_DEVICE void to(SoftplusSum& sum) const { sum.add(p - p, p - 1); }  // NaN by the first: the second may lose it
+  };
 };
 
 // What a thread's F x 2 rows need of a sweep without ids, and its sums over negative pairs. Coefficients are
@@ -74,13 +84,13 @@ struct NegativeTerms {
   float product[F][2] = {}, sigmoid_product[F][2] = {}, sigmoid = 0;
   const Prepared& rows;
   int row0, n_cols;
-  bool bounded;  // every term may be a BoundedTerm
+  bool bounded;  // TwoBoundedTerms will do
 
   MIO_DEVICE NegativeTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales, bool normalize)
       : rows(rows),
         row0(row0),
         n_cols(cols.n),
-        bounded(normalize && fabsf(scales.n) + fabsf(scales.bias) < BoundedTerm::kBound) {
+        bounded(normalize && fabsf(scales.n) + fabsf(scales.bias) < TwoBoundedTerms::kBound) {
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -99,22 +109,22 @@ struct NegativeTerms {
   MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0, bool crossed,
                        bool loss) {
     if (crossed)
-      tile_of<Term, true, true>(s, factors, pairs, row0, col0);
+      tile_of<TwoTerms, true, true>(s, factors, pairs, row0, col0);
     else if (!loss)
-      tile_of<Term, false, false>(s, factors, pairs, row0, col0);
+      tile_of<TwoTerms, false, false>(s, factors, pairs, row0, col0);
     else if (bounded)
-      tile_of<BoundedTerm, false, true>(s, factors, pairs, row0, col0);
+      tile_of<TwoBoundedTerms, false, true>(s, factors, pairs, row0, col0);
     else
-      tile_of<Term, false, true>(s, factors, pairs, row0, col0);
+      tile_of<TwoTerms, false, true>(s, factors, pairs, row0, col0);
   }
 
   // kCrossed: pairs that are no negative ones take no part, and have coefficient 0.
-  template <class OneTerm, bool kCrossed, bool kLoss, int N>
+  template <class Two, bool kCrossed, bool kLoss, int N>
   MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int f = 0; f < F; ++f) {
-      Group<OneTerm> group;
+      typename Two::Sum sum;
       int positive[2], own[2], end = 0;  // columns from this thread's first on
       if constexpr (kCrossed) {          // braces: without them nvcc 13.0 leaves out the loop that follows
         for (int h = 0; h < 2; ++h) {
@@ -126,27 +136,36 @@ struct NegativeTerms {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const float2 factor = load_shared_pair(factors + (8 * n + column) * 4);
+        const float c[2] = {factor.x * A::kLift, factor.y * A::kLift};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int h = i / 2, col = 8 * n + i % 2;
-          const float c = (i % 2 ? factor.y : factor.x) * A::kLift;
-          float v = s[f][n][i] * c;
-          float t = v * scale[f][h] + bias[f][h];
-          if (kCrossed && (col == positive[h] || col == own[h] || col >= end)) v = 0, t = -float_of(0x7f800000u);
-          const OneTerm term(t);
-          s[f][n][i] = term.sigmoid * c;
+        for (int h = 0; h < 2; ++h) {
+          float v[2], t[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int col = 8 * n + j;
+            v[j] = s[f][n][2 * h + j] * c[j];
+            t[j] = v[j] * scale[f][h] + bias[f][h];
+            if (kCrossed && (col == positive[h] || col == own[h] || col >= end))
+              v[j] = 0, t[j] = -float_of(0x7f800000u);
+          }
+          const Two two(t[0], t[1]);
           if constexpr (kLoss) {
-            group.put(i, term);
-            product[f][h] += v;
-            sigmoid += term.sigmoid;
-            sigmoid_product[f][h] += term.sigmoid * v;
+            sum.add(two);
+          }
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            s[f][n][2 * h + j] = two.sigmoid[j] * c[j];
+            if constexpr (kLoss) {
+              product[f][h] += v[j];
+              sigmoid += two.sigmoid[j];
+              sigmoid_product[f][h] += two.sigmoid[j] * v[j];
+            }
           }
         }
         if constexpr (kLoss) {
-          group.multiply();
-          if ((4 * n + 4) % Group<OneTerm>::kMost == 0 || n + 1 == N) {
-            group.to(softplus);
-            group = Group<OneTerm>();
+          if ((4 * n + 4) % Two::Sum::kMost == 0 || n + 1 == N) {
+            sum.to(softplus);
+            sum = typename Two::Sum();
           }
         }
       }
