@@ -6,8 +6,8 @@
 Prints of every kernel: registers, stack, shared memory, blocks that fit on a multiprocessor of its capability, matrix
 instructions, exponentials and special functions per logit. Cubins may be named instead. Exit status 1 if one uses local
 memory (a spill), if a sweep has matrix instructions of another kind than is due (HGMMA for 9.0a's own, else HMMA) or
-more than two special functions per logit in its main loop, or if a kernel lacks exponentials: a compiler has left a
-whole branch out before.
+waits for each of them or has more than two special functions per logit in its main loop, or if a kernel lacks
+exponentials: a compiler has left a whole branch out before.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Kernel(NamedTuple):
     stack: int
     local: int  #: accesses to local memory
     matrix: set[str]
+    waits: float  #: for HGMMA, for each of them
     exponentials: int
     special: float | None  #: special functions per exponential in a sweep's main loop
 
@@ -94,8 +95,9 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
             exponentials = len(re.findall(r"\bMUFU\.EX2", loop))
             special = len(re.findall(r"\bMUFU", loop)) / exponentials if exponentials else float("inf")
         local, exponentials = (len(re.findall(rf"\b(?:{op})\b", part)) for op in ("LDL|STL", r"MUFU\.EX2"))
-        matrix = set(re.findall(r"\b(HG?MMA)\b", part))
-        kernels.append(Kernel(name, *registers[mangled], local, matrix, exponentials, special))
+        matrix = re.findall(r"\b(HG?MMA)\b", part)
+        waits = len(re.findall(r"\bWARPGROUP\.DEPBAR", part)) / max(len(matrix), 1)
+        kernels.append(Kernel(name, *registers[mangled], local, set(matrix), waits, exponentials, special))
     return sorted(kernels)
 
 
@@ -110,6 +112,8 @@ def faults(kernel: Kernel, shape: Shape | None) -> list[str]:
     due = {"HGMMA" if kernel.name.startswith("hopper") else "HMMA"}
     if kernel.matrix != due:
         wrong.append(f"{kernel.matrix or 'no matrix instructions'} where {due} is due")
+    if kernel.waits > 0.25:  # the assembler does that where it cannot follow the products' registers
+        wrong.append("matrix products one at a time")
     if kernel.special is None or kernel.special > 2:
         wrong.append("too many special functions")
     forms = 1 if kernel.name.endswith("ids") else 4  # of the loop's body, each with all logits
@@ -140,7 +144,10 @@ def main() -> None:
     tiles = shapes()
     print(ROW.format(*HEAD))
     for cubin in cubins(paths):
-        arch = re.search(r"sm_\d+a?", cubin.name)[0]
+        named = re.search(r"sm_\d+a?", cubin.name)
+        if named is None:
+            sys.exit(f"cuda_resources: the name of {cubin} does not say its architecture, as in kernel.sm_90a.cubin")
+        arch = named[0]
         for kernel in read(cubin, arch):
             shape = tiles.get(kernel.name.removesuffix(" ids"))
             wrong = faults(kernel, shape)
