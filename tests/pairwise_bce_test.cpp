@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernel against a plain double loop over pairs, for every instruction set this machine has
 // (MIO_CPU_ISA chooses; without it this program runs itself once for each).
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -85,28 +87,39 @@ bool check(const Case& c, double limit, double grad_limit, bool bf16 = false) {
   return good;
 }
 
-// Every tile once; within a round no block twice.
+// Every tile once, and no block twice at a time; its tiles come in one order, whatever the number of workers.
 bool check_schedule(int64_t rows, int64_t cols, bool symmetric) {
-  mio_ext::Schedule schedule(rows, cols, symmetric);
-  std::set<std::pair<int64_t, int64_t>> seen;
-  std::set<int64_t> busy_rows, busy_cols;
-  int64_t round = 0;
-  for (auto t = schedule.take(); t.round >= 0; t = schedule.take()) {
-    if (t.round != round) busy_rows.clear(), busy_cols.clear();
-    round = t.round;
-    bool fresh = busy_rows.insert(t.row).second;
-    if (!symmetric) fresh = fresh && busy_cols.insert(t.col).second;
-    if (symmetric && t.row != t.col) fresh = fresh && busy_rows.insert(t.col).second;
-    if (t.row < rows && t.col < cols)
-      fresh = fresh && t.row <= (symmetric ? t.col : t.row) && seen.insert({t.row, t.col}).second;
-    schedule.done(t);
-    if (!fresh) {
-      std::printf("FAILED schedule of %ld x %ld: tile (%ld, %ld) of round %ld\n", long(rows), long(cols), long(t.row),
-                  long(t.col), long(t.round));
+  using Tiles = std::vector<std::pair<int64_t, int64_t>>;
+  std::vector<Tiles> expected;  // of each block: rows, then columns
+  for (int workers : {1, 2, 5, 16}) {
+    mio_ext::Schedule schedule(rows, cols, symmetric, workers);
+    std::vector<Tiles> tiles(size_t(symmetric ? rows : rows + cols));
+    std::vector<std::atomic<bool>> busy(tiles.size());
+    std::atomic<bool> met{false};
+    auto tile = [&](int64_t row, int64_t col) {
+      std::set<int64_t> blocks{row, symmetric ? col : rows + col};
+      for (int64_t b : blocks)
+        if (busy[size_t(b)].exchange(true)) met = true;
+      for (int64_t b : blocks) tiles[size_t(b)].push_back({row, col});
+      std::this_thread::yield();
+      for (int64_t b : blocks) busy[size_t(b)] = false;
+    };
+    std::vector<std::thread> threads;
+    for (int w = 0; w < workers; ++w) threads.emplace_back([&] { schedule.work(tile); });
+    for (std::thread& thread : threads) thread.join();
+    if (workers == 1) expected = tiles;
+    std::set<std::pair<int64_t, int64_t>> seen;
+    int64_t count = 0;
+    for (int64_t b = 0; b < rows; ++b)
+      for (const auto& t : tiles[size_t(b)])
+        if (t.first == b) seen.insert(t), ++count, met = met || (symmetric && t.second < t.first);
+    const int64_t all = symmetric ? rows * (rows + 1) / 2 : rows * cols;
+    if (met || tiles != expected || count != all || int64_t(seen.size()) != all) {
+      std::printf("FAILED schedule of %ld x %ld for %d workers\n", long(rows), long(cols), workers);
       return false;
     }
   }
-  return int64_t(seen.size()) == (symmetric ? rows * (rows + 1) / 2 : rows * cols);
+  return true;
 }
 
 }  // namespace
@@ -128,9 +141,9 @@ int main(int, char** argv) {
       {3000, 0, 8, 1500, 0, true, true, false},
   };
   int failures = 0;
-  for (const int64_t rows : {1, 2, 3, 8, 13}) {
+  for (const int64_t rows : {1, 2, 3, 8, 13, 70}) {
     failures += !check_schedule(rows, rows, true);
-    for (const int64_t cols : {1, 4, 7, 13}) failures += !check_schedule(rows, cols, false);
+    for (const int64_t cols : {1, 4, 7, 33}) failures += !check_schedule(rows, cols, false);
   }
   for (const Case& c : cases) {
     failures += !check<float>(c, 1e-6, 1e-5) + !check<double>(c, 1e-13, 1e-12);

@@ -39,19 +39,15 @@ class Pass {
     const int64_t row_blocks = (in_.m + row_block_ - 1) / row_block_;
     const int64_t col_blocks = (columns().n + col_block_ - 1) / col_block_;
     std::vector<PairSums> sums(row_blocks);
-    Schedule schedule(row_blocks, col_blocks, symmetric_);
+    Schedule schedule(row_blocks, col_blocks, symmetric_, threads);
     parallel(threads, [&](int) {
       Buffer<T> logits;
       logits.allocate(row_block_ * tile_ld());
       typename Rows::Scratch scratch;
       scratch.allocate(row_block_, col_block_);
-      for (;;) {
-        const Schedule::Task task = schedule.take();
-        if (task.round < 0) break;
-        if (task.row < row_blocks && task.col < col_blocks)
-          tile(task.row * row_block_, task.col * col_block_, logits.data(), scratch, sums[task.row]);
-        schedule.done(task);
-      }
+      schedule.work([&](int64_t row, int64_t col) {
+        tile(row * row_block_, col * col_block_, logits.data(), scratch, sums[row]);
+      });
     });
     each_row(threads, parallel, x_, in_.dx);
     if (!symmetric_) each_row(threads, parallel, y_, in_.dy);

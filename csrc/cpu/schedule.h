@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace mio_ext {
@@ -12,69 +13,94 @@ namespace mio_ext {
 // Deals out tiles so that no two threads ever add to the same block of gradients, in an order that
 // does not depend on the number of threads: the result has the same bits on one core and on sixty.
 //
-// Work is a sequence of rounds; within a round every block occurs at most once. y = x: round 0 holds
-// the diagonal tiles, then the circle method pairs every two blocks once. Otherwise round r pairs row
-// block q with column block (q + r) mod n. A worker takes the next task of the sequence and waits until
-// both its blocks have finished all earlier rounds; the owner of an earlier task never waits for a later
-// one, so this cannot deadlock, whatever the number of workers.
+// Blocks come in groups of four. In a round every group meets one group, by the circle method where y = x (round 0:
+// itself), else row group q meets column group (q + round) mod groups; the 4 x 4 tiles of two groups are four steps, in
+// which every block occurs once. A job is all steps of two groups, whose rows and gradients then stay in the cache, or,
+// where that would leave threads without work, a single tile. A worker takes the next job of the sequence and waits
+// until both blocks of a tile are done with all earlier steps; the owner of an earlier job never waits for a later one,
+// so this cannot deadlock, whatever the number of workers.
 class Schedule {
  public:
-  Schedule(int64_t row_blocks, int64_t col_blocks, bool symmetric)
-      : symmetric_(symmetric),
-        // A dummy block makes the circle even, or the rectangle square; its tasks do nothing.
-        n_(symmetric ? (row_blocks + 1) / 2 * 2 : (row_blocks > col_blocks ? row_blocks : col_blocks)),
-        rounds_(n_),
-        row_done_(n_),
-        col_done_(symmetric ? 0 : n_) {}
+  Schedule(int64_t row_blocks, int64_t col_blocks, bool symmetric, int workers)
+      : rows_(row_blocks),
+        cols_(col_blocks),
+        symmetric_(symmetric),
+        groups_(group_count(row_blocks > col_blocks ? row_blocks : col_blocks, symmetric)),
+        by_groups_(meetings() >= 2 * workers),
+        row_done_(kGroup * groups_),
+        col_done_(symmetric ? 0 : kGroup * groups_) {}
 
-  struct Task {
-    int64_t row, col, round;
-  };
-
-  // The next task for a worker, ready to run; round < 0: none left.
-  Task take() {
-    const int64_t diagonal = symmetric_ ? n_ : 0;  // tasks of round 0, where tiles are (q, q)
-    const int64_t per_round = symmetric_ ? n_ / 2 : n_;
-    const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
-    Task t;
-    if (index < diagonal) {
-      t = {index, index, 0};
-    } else {
-      const int64_t rest = index - diagonal;
-      const int64_t r = rest / per_round, q = rest % per_round;
-      if (!symmetric_) {
-        t = {q, (q + r) % n_, r};
-      } else {
-        const int64_t ring = n_ - 1;
-        const int64_t a = (r + q) % ring, b = q == 0 ? ring : (r - q + ring) % ring;
-        t = {a < b ? a : b, a < b ? b : a, r + 1};
+  // Calls tile(row block, column block) for this worker's share. Blocks beyond the last one make the numbers even.
+  template <class Tile>
+  void work(const Tile& tile) {
+    for (;;) {
+      int64_t job = next_.fetch_add(1, std::memory_order_relaxed), round = 0;
+      if (job >= jobs(0)) round = 1 + (job - jobs(0)) / jobs(1), job = (job - jobs(0)) % jobs(1);
+      if (round >= groups_) return;
+      if (by_groups_) {
+        for (int64_t step = 0; step < kGroup; ++step)
+          for (int64_t i = 0; i < tiles(round, step); ++i) work_on(round, step, job, i, tile);
+        continue;
       }
+      int64_t step = 0;
+      for (; job >= meetings(round) * tiles(round, step); ++step) job -= meetings(round) * tiles(round, step);
+      work_on(round, step, job / tiles(round, step), job % tiles(round, step), tile);
     }
-    if (t.round >= rounds_) return {0, 0, -1};
-    wait(row_done_.data()[t.row], t.round);
-    if (symmetric_) {
-      if (t.col != t.row) wait(row_done_.data()[t.col], t.round);
-    } else {
-      wait(col_done_.data()[t.col], t.round);
-    }
-    return t;
-  }
-
-  void done(const Task& t) {
-    row_done_.data()[t.row].store(t.round + 1, std::memory_order_release);
-    if (symmetric_ && t.col == t.row) return;
-    (symmetric_ ? row_done_ : col_done_).data()[t.col].store(t.round + 1, std::memory_order_release);
   }
 
  private:
-  static void wait(const std::atomic<int64_t>& rounds_done, int64_t round) {
-    for (int spins = 0; rounds_done.load(std::memory_order_acquire) < round; ++spins)
+  static constexpr int64_t kGroup = 4;
+
+  static int64_t group_count(int64_t blocks, bool even) {
+    const int64_t groups = (blocks + kGroup - 1) / kGroup;
+    return even ? (groups + 1) / 2 * 2 : groups;
+  }
+  // Does each group meet itself?
+  bool alone(int64_t round) const { return symmetric_ && round == 0; }
+  int64_t meetings(int64_t round = 1) const { return symmetric_ && round > 0 ? groups_ / 2 : groups_; }
+  // A group with itself: the tiles on the diagonal, then the pairs of its blocks, two at a time.
+  int64_t tiles(int64_t round, int64_t step) const { return alone(round) && step > 0 ? kGroup / 2 : kGroup; }
+  int64_t jobs(int64_t round) const {
+    if (by_groups_) return meetings(round);
+    return meetings(round) * (alone(round) ? kGroup * (kGroup + 1) / 2 : kGroup * kGroup);
+  }
+
+  // Circle method: in round r of n - 1, the q-th pair of n things.
+  static std::pair<int64_t, int64_t> pair(int64_t n, int64_t r, int64_t q) {
+    const int64_t ring = n - 1, a = (r + q) % ring, b = q == 0 ? ring : (r - q + ring) % ring;
+    return a < b ? std::pair{a, b} : std::pair{b, a};
+  }
+
+  template <class Tile>
+  void work_on(int64_t round, int64_t step, int64_t meeting, int64_t i, const Tile& tile) {
+    std::pair<int64_t, int64_t> group{meeting, meeting}, block{i, i};
+    if (symmetric_ && round > 0) group = pair(groups_, round - 1, meeting);
+    if (!symmetric_) group.second = (meeting + round) % groups_;
+    if (!alone(round))
+      block.second = (i + step) % kGroup;
+    else if (step > 0)
+      block = pair(kGroup, step - 1, i);
+    const int64_t row = kGroup * group.first + block.first, col = kGroup * group.second + block.second;
+    std::atomic<int64_t>&row_done = row_done_[size_t(row)],
+    &col_done = (symmetric_ ? row_done_ : col_done_)[size_t(col)];
+    const int64_t before = kGroup * round + step;
+    wait(row_done, before);
+    wait(col_done, before);
+    if (row < rows_ && col < cols_) tile(row, col);
+    row_done.store(before + 1, std::memory_order_release);
+    col_done.store(before + 1, std::memory_order_release);
+  }
+
+  static void wait(const std::atomic<int64_t>& steps_done, int64_t before) {
+    for (int spins = 0; steps_done.load(std::memory_order_acquire) < before; ++spins)
       if (spins > 1000) std::this_thread::yield();
   }
 
+  int64_t rows_, cols_;
   bool symmetric_;
-  int64_t n_, rounds_;
-  std::vector<std::atomic<int64_t>> row_done_, col_done_;
+  int64_t groups_;
+  bool by_groups_;
+  std::vector<std::atomic<int64_t>> row_done_, col_done_;  // steps that a block is done with
   std::atomic<int64_t> next_{0};
 };
 
