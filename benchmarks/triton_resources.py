@@ -46,7 +46,7 @@ LEGACY = {
 }
 #: Any of them, dense or sparse, of any type, in machine code.
 ANY_MATRIX = r"\b(?:[HIDQB]MMA|[HIQ]GMMA|UTC[A-Z]*MMA)\b"
-ROW = "{:<4} {:<8} {:<6} {:<16} {:<16} {:>4} {:>6} {:>6} {:<12} {:>10}"
+ROW = "{:<4} {:<8} {:<6} {:<16} {:<22} {:>4} {:>6} {:>6} {:<12} {:>10}"
 SHARED_MEMORY = {8: 99, 9: 227, 10: 227, 12: 99}  # KiB a program may have; 8.0 has 163, 8.6 and 8.9 have 99
 
 
@@ -81,18 +81,19 @@ def sweep_constants(tile: Tile, product: str, width: int, **flags: Any) -> dict[
 def sweep_entries(quick: bool) -> list[Entry]:
     entries = []
     mio = {"NORMALIZE": True, "EXCLUDE_SELF": True}
-    variants = {"mio": mio, "mio, small": mio | {"FINISH": True}}
+    variants = {"mio": mio}
     if not quick:
         variants |= {
             "mio, labels": mio | {"HAS_IDS": True},
             "siglip": {"DPARAMS": True},
             "siglip, columns": {"TRANSPOSED": True, "LOSS": False},
         }
+    small = {f"{name}, small": flags | {"FINISH": True} for name, flags in variants.items()}
     for capability, product, width in TILES:
         if quick and product != "16-bit":
             continue
         sliced = width > SLICE_WIDTH[product]
-        for name, flags in variants.items():
+        for name, flags in (variants | small).items():
             if sliced and "FINISH" in flags:
                 continue
             tile = tile_for(capability, product, width, "FINISH" in flags, "HAS_IDS" in flags)
@@ -151,6 +152,7 @@ def compile_entry(entry: Entry) -> Resources:
     from triton.compiler import ASTSource
 
     from mio_ext import triton_chunked, triton_kernels
+    from mio_ext.triton_backend import OPTIONS
 
     kernel = getattr(triton_kernels, entry.kernel, None) or getattr(triton_chunked, entry.kernel)
     loss_type = "fp64" if entry.dtype == "fp64" else "fp32"
@@ -168,7 +170,7 @@ def compile_entry(entry: Entry) -> Resources:
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=entry.constants, attrs=attrs),
         target=GPUTarget("cuda", entry.capability, 32),
-        options={"num_warps": entry.warps, "num_stages": entry.stages},
+        options=OPTIONS | {"num_warps": entry.warps, "num_stages": entry.stages},
     )
     code, usage = disassemble(compiled.asm["cubin"])
     special_per_logit = None

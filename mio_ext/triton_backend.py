@@ -19,12 +19,11 @@ import triton
 from torch import Tensor
 
 from . import triton_chunked, triton_kernels
+from .triton_terms import SUMS
 from .triton_tiles import SLICE_WIDTH, Tile, terms_tile, tile_for
 
-#: Launches are untyped.
-kernels: Any = triton_kernels
-chunked_kernels: Any = triton_chunked
-
+#: How every kernel is compiled. Triton 3.10 is to make separate multiplications and additions unless asked.
+OPTIONS = {"enable_fp_fusion": True}
 #: Widest row of the fused kernel.
 FUSED_WIDTH = 256
 #: Bytes of a chunk's float32 logits on the wide path, which bound its memory.
@@ -106,6 +105,10 @@ def column_splits(row_blocks: int, col_tiles: int, slots: int, bytes_a_split: in
     return min(range(1, most + 1), key=lambda s: triton.cdiv(row_blocks * s, slots) * (col_tiles / s + 4))
 
 
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    kernel[grid](*arguments, **constants, **OPTIONS)
+
+
 def pairwise_bce(*arguments: Any) -> Outputs:
     """The op."""
     torch.ops.mio_ext.check_inputs(*arguments)
@@ -163,7 +166,8 @@ class Job:
         counters = z.new_empty(1 + n_pad // 16, dtype=torch.int32)
         block_d = triton.next_power_of_2(width)
         rows = max(1, min(16, 4096 // block_d))
-        kernels.prepare_kernel[(n_pad // rows,)](
+        launch(
+            triton_kernels.prepare_kernel, (n_pad // rows,),
             z, out, factors, counters, params if params is not None else self.coef, self.coef,
             *(constants or [0.0] * 6), n, d, z.stride(0), z.stride(1), n_pad, counters.numel(),
             WIDTH=width, BLOCK_D=block_d, ROWS=rows, NORMALIZE=self.call.normalize,
@@ -190,14 +194,15 @@ class Job:
         finish = rows.n <= FINISH_ROWS and block_d == width
         tile = tile_for(capability, self.product, width, small=finish, has_ids=self.has_ids)
         plan = sweep_plan(rows.n, cols.n, rows.n_pad * width * 4, tile, slots)
-        sums = self.stats.new_empty(plan.row_blocks * plan.splits if loss else 0, kernels.SUMS.value)
+        sums = self.stats.new_empty(plan.row_blocks * plan.splits if loss else 0, SUMS.value)
         in_place = plan.splits == 1 and not finish and grad is not None and width == rows.d and rows.n_pad == rows.n
         partial = self.coef.new_empty((plan.splits, rows.n_pad, width) if grad is not None and not in_place else 0)
         if in_place and grad is not None:
             partial = grad
         for at in range(0, width if grad is not None else block_d, block_d):
             first = loss and at == 0
-            kernels.sweep_kernel[(plan.row_blocks, plan.splits)](
+            launch(
+                triton_kernels.sweep_kernel, (plan.row_blocks, plan.splits),
                 rows.z, cols.z, rows.factors, cols.factors, *self._ids(rows, cols), self.coef,
                 self.coef if grad is None else grad, partial, sums, rows.counters, self.loss, self.stats, self.dparams,
                 rows.n, cols.n, rows.d, rows.n_pad, cols.n_pad, *pairs, plan.tiles_per_split, plan.splits,
@@ -224,7 +229,7 @@ class Job:
         chunk = min(max(ROW_MULTIPLE, fit), x.n_pad)
         products = self.coef.new_empty(chunk, y.n_pad)
         g = products.view(x.z.dtype)[:, : y.n_pad]
-        sums = self.stats.new_empty(x.n_pad // tile.block_m, kernels.SUMS.value)
+        sums = self.stats.new_empty(x.n_pad // tile.block_m, SUMS.value)
         # The gradients are made where they are returned, unless padding is in the way.
         dx = self.dx if x.z.shape == self.dx.shape else self.coef.new_empty(x.z.shape if want_dx else 0)
         dy = self.dy if y.z.shape == self.dy.shape else self.coef.new_empty(y.z.shape if want_dy else 0)
@@ -232,7 +237,8 @@ class Job:
             n_rows = min(chunk, x.n_pad - row0)
             rows = x.z[row0 : row0 + n_rows]
             product_into(products[:n_rows], rows, y.z.T)  # (2), but for the norms
-            chunked_kernels.terms_kernel[(n_rows // tile.block_m,)](
+            launch(
+                triton_chunked.terms_kernel, (n_rows // tile.block_m,),
                 products, g, x.factors, y.factors, *self._ids(x, y), self.coef, sums,
                 row0, n_rows, row0 // tile.block_m, x.n, y.n, x.n_pad, y.n_pad, g.stride(0), *self.pairs,
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, HAS_IDS=self.has_ids,
@@ -243,9 +249,10 @@ class Job:
                 product_into(dx[row0 : row0 + n_rows], g[:n_rows], y.z)  # (9)
             if want_dy:
                 product_into(dy, g[:n_rows].T, rows, accumulate=row0 > 0)
-        chunked_kernels.results_kernel[(1,)](
-            sums, sums.shape[0], self.coef, self.loss, self.stats, self.dparams, DPARAMS=want_dparams
-        )
+        launch(
+            triton_chunked.results_kernel, (1,),
+            sums, sums.shape[0], self.coef, self.loss, self.stats, self.dparams, DPARAMS=want_dparams,
+        )  # fmt: skip
         if want_dx:
             self._project(dx, x, self.dx, 1, both_norms=True)
         if want_dy:
@@ -255,7 +262,8 @@ class Job:
         width = rows.width
         block_d = triton.next_power_of_2(width)
         block = max(1, min(16, 4096 // block_d))
-        kernels.project_kernel[(triton.cdiv(rows.n, block),)](
+        launch(
+            triton_kernels.project_kernel, (triton.cdiv(rows.n, block),),
             g, rows.z, rows.factors, self.coef, out, rows.n, rows.n_pad, rows.d, splits,
             WIDTH=width, BLOCK_D=block_d, ROWS=block, NORMALIZE=self.call.normalize,
             BOTH_NORMS=both_norms and self.call.normalize, PRODUCT=self.product, num_warps=4,

@@ -227,10 +227,13 @@ def sweep_kernel(
     rest = BLOCK_D - SLICE + tl.arange(0, BLOCK_D)  # of two slices, the other
     SPLIT: tl.constexpr = PRODUCT == "fp16x3"
     SCALED: tl.constexpr = NORMALIZE or SPLIT  # the columns were
-    at = row_offsets(rows, WIDTH) + depth[None, :]
-    x, x_low = load_operand(x_ptr, at, m_pad, WIDTH, PRODUCT)
+    # Addresses are 64 bits for the tile and 32 in it: what is needed again after the loop stays in registers.
+    block = row0.to(tl.int64) * WIDTH
+    row_at = tl.arange(0, BLOCK_M)[:, None] * WIDTH
+    at = row_at + depth[None, :]
+    x, x_low = load_operand(x_ptr + block, at, m_pad, WIDTH, PRODUCT)
     if SLICED:
-        x_rest, x_rest_low = load_operand(x_ptr, row_offsets(rows, WIDTH) + rest[None, :], m_pad, WIDTH, PRODUCT)
+        x_rest, x_rest_low = load_operand(x_ptr + block, row_at + rest[None, :], m_pad, WIDTH, PRODUCT)
     inverse = tl.load(x_rows_ptr + rows)
     half_norm = tl.load(x_rows_ptr + 2 * m_pad + rows)
     scale_p, scale_n, bias, grad_p, grad_n, grad_l = load_coef(coef_ptr)
@@ -321,7 +324,7 @@ def sweep_kernel(
         store_lanes(record, p, log2_sum, products, sigmas, sigma_products, inverse, rows < m)
     stride = m_pad.to(tl.int64) * WIDTH
     if GRAD:
-        tl.store(partial_ptr + tl.program_id(1) * stride + at, acc)
+        tl.store(partial_ptr + tl.program_id(1) * stride + block + at, acc)
     tl.debug_barrier()  # all of this program's stores come before its tickets
     if LOSS:  # before the gradient, whose end wants all registers
         ticket = tl.atomic_add(counter_ptr, 1)
@@ -332,12 +335,12 @@ def sweep_kernel(
         if ticket == splits - 1:
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             for split in range(0, splits):
-                acc += tl.load(partial_ptr + split * stride + at, cache_modifier=".cg")
+                acc += tl.load(partial_ptr + split * stride + block + at, cache_modifier=".cg")
             back = tl.load(x_rows_ptr + m_pad + rows)
-            z = load_rows(x_ptr, at, (rows < m_pad)[:, None], m_pad, BLOCK_D, PRODUCT)
+            z = load_rows(x_ptr + block, at, (rows < m_pad)[:, None], m_pad, BLOCK_D, PRODUCT)
             dx = project(acc, z, inverse, back, tl.load(coef_ptr + 6), NORMALIZE)
-            dx_at = dx_ptr + rows[:, None].to(tl.int64) * d + depth[None, :]
-            tl.store(dx_at, dx, mask=(rows[:, None] < m) & (depth[None, :] < d))
+            dx_at = tl.arange(0, BLOCK_M)[:, None] * d + depth[None, :]
+            tl.store(dx_ptr + row0.to(tl.int64) * d + dx_at, dx, mask=(rows[:, None] < m) & (depth[None, :] < d))
 
 
 @triton.jit(do_not_specialize=["n", "d", "splits"])

@@ -69,7 +69,7 @@ SMALL_TILES: dict[tuple[int, str, int], Tile] = {
     (90, "tf32", 256): Tile(32, 32, 8, 2),
     (90, "fp16x3", 64): Tile(64, 32, 8, 2),
     (90, "fp16x3", 128): Tile(64, 32, 8, 2),
-    (100, "16-bit", 64): Tile(64, 32, 8, 3),
+    (100, "16-bit", 64): Tile(64, 32, 4, 3),
     (100, "16-bit", 128): Tile(64, 32, 8, 2),
     (100, "16-bit", 256): Tile(64, 32, 8, 2),
     (100, "tf32", 64): Tile(64, 32, 8, 2),
@@ -83,7 +83,9 @@ SMALL_TILES: dict[tuple[int, str, int], Tile] = {
 #: With ids every tile has both classes of pairs and twice the sums in registers: SMALL_TILES with half the
 #: columns, unless the key is here.
 LABEL_TILES: dict[tuple[int, str, int], Tile] = {
+    (80, "tf32", 128): Tile(32, 16, 8, 2),
     (80, "fp16x3", 256): Tile(32, 16, 8, 2),
+    (90, "16-bit", 256): Tile(64, 16, 8, 3),
     (90, "tf32", 128): Tile(32, 16, 8, 2),
     (90, "fp16x3", 128): Tile(32, 16, 8, 2),
     (90, "fp16x3", 256): Tile(32, 16, 8, 2),

@@ -42,6 +42,19 @@ def test_without_the_extension():
     assert error.endswith("run: python setup.py build_ext")
 
 
+def test_without_triton():
+    script = without("triton") + (
+        "import torch, mio_ext\n"
+        "print(mio_ext.available_backends())\n"
+        "z = torch.randn(4, 3)\n"
+        "mio_ext.mio_loss(z, z, backend='triton')\n"
+    )
+    result = run_python("-c", script)
+    assert "'cpu'" in result.stdout and "'triton'" not in result.stdout
+    error = result.stderr.strip().splitlines()[-1]
+    assert error == "RuntimeError: mio_loss: backend 'triton' cannot run: Triton is not installed"
+
+
 def test_needs_only_torch():
     """The losses import neither Triton nor torchvision nor anything of the training script."""
     missing = ("triton", "torchvision", "sklearn", "matplotlib", "tqdm", "open_clip", "transformers")
