@@ -58,13 +58,14 @@ def units(loss: str, gradient: bool, device: str) -> float:
 def work(loss: str, rows: int, dim: int, itemsize: int, gradient: bool, device: str) -> Work:
     """Operations, special functions and bytes of features and gradients.
 
-    A logit costs one exponential, and on a GPU with a gradient also a reciprocal, which is the same unit's. Logits
-    are those made once: MIO's triangle, but for the square of a GPU's gradient; SigLIP's square.
+    A logit costs one exponential, and on a GPU with a gradient also half a reciprocal, which is the same unit's: two
+    logits can share one. Logits are those made once: MIO's triangle, but for the square of a GPU's gradient; SigLIP's
+    square.
     """
     square = rows**2
     n = units(loss, gradient, device)
     logits = square if loss == "siglip" or n == 2.0 else square / 2
-    special = logits * (2 if device != "cpu" and gradient else 1)
+    special = logits * (1.5 if device != "cpu" and gradient else 1)
     tensors = 1 if loss == "mio" else 2
     traffic = tensors * rows * dim * itemsize * (2 if gradient else 1)
     return Work(n * 2 * square * dim, special, traffic)
