@@ -141,7 +141,7 @@ int main(int, char** argv) {
       {3000, 0, 8, 1500, 0, true, true, false},
   };
   int failures = 0;
-  for (const int64_t rows : {1, 2, 3, 8, 13, 70}) {
+  for (const int64_t rows : {1, 2, 3, 8, 13, 16, 70}) {
     failures += !check_schedule(rows, rows, true);
     for (const int64_t cols : {1, 4, 7, 33}) failures += !check_schedule(rows, cols, false);
   }
