@@ -4,10 +4,13 @@
     FORCE_CUDA=1 python setup.py build_ext && python benchmarks/cuda_resources.py
 
 Prints of every kernel: registers, stack, shared memory, blocks that fit on a multiprocessor of its capability, matrix
-instructions, exponentials and special functions per logit. Cubins may be named instead. Exit status 1 if one uses local
-memory (a spill), if a sweep has matrix instructions of another kind than is due (HGMMA for 9.0a's own, else HMMA) or
-waits for each of them or has more than two special functions per logit in its main loop, or if a kernel lacks
-exponentials: a compiler has left a whole branch out before.
+instructions, exponentials and special functions per logit; of a sweep's main loop the instructions per logit, in each
+form of its terms (without the loss, of a known bound, of any, crossed by a diagonal; special functions in brackets) and
+around them, branches that are rarely taken included. Cubins may be named instead.
+
+Exit status 1 if a kernel uses local memory (a spill), if a sweep has matrix instructions of another kind than is due
+(HGMMA for 9.0a's own, else HMMA), waits for each of them or has more than two special functions per logit in its main
+loop, or if a kernel lacks exponentials: a compiler has left a whole branch out before.
 """
 
 from __future__ import annotations
@@ -23,8 +26,20 @@ from typing import NamedTuple
 from triton_resources import main_loop
 
 ROOT = Path(__file__).resolve().parents[1]
-ROW = "{:<7} {:<28} {:>4} {:>5} {:>5} {:>9} {:>6} {:>8} {:>6} {:>10}"
-HEAD = ("arch", "kernel", "regs", "stack", "local", "shared KB", "blocks", "matrix", "EX2", "MUFU/logit")
+ROW = "{:<7} {:<23} {:>4} {:>5} {:>5} {:>9} {:>6} {:>6} {:>5} {:>10}  {}"
+HEAD = (
+    "arch",
+    "kernel",
+    "regs",
+    "stack",
+    "local",
+    "shared KB",
+    "blocks",
+    "matrix",
+    "EX2",
+    "MUFU/logit",
+    "instructions/logit",
+)
 #: Of a multiprocessor, by architecture: KB of shared memory, of which a block takes one more than it asks for.
 SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_90a": 228}
 
@@ -46,6 +61,7 @@ class Kernel(NamedTuple):
     waits: float  #: for HGMMA, for each of them
     exponentials: int
     special: float | None  #: special functions per exponential in a sweep's main loop
+    loop: str
 
 
 def tool(name: str) -> Path:
@@ -89,7 +105,7 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
         name = kernel_name(mangled)
         if name.startswith("hopper") and arch != "sm_90a":
             continue
-        special = None
+        special, loop = None, ""
         if "sweep" in mangled:
             loop = main_loop(part)
             exponentials = len(re.findall(r"\bMUFU\.EX2", loop))
@@ -97,8 +113,21 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
         local, exponentials = (len(re.findall(rf"\b(?:{op})\b", part)) for op in ("LDL|STL", r"MUFU\.EX2"))
         matrix = re.findall(r"\b(HG?MMA)\b", part)
         waits = len(re.findall(r"\bWARPGROUP\.DEPBAR", part)) / max(len(matrix), 1)
-        kernels.append(Kernel(name, *registers[mangled], local, set(matrix), waits, exponentials, special))
+        kernels.append(Kernel(name, *registers[mangled], local, set(matrix), waits, exponentials, special, loop))
     return sorted(kernels)
+
+
+def instructions(loop: str, logits: int) -> str:
+    """Of a main loop, for each of a thread's logits: where all of them are in one block of code, and the others."""
+    forms, others = [], 0
+    for block in re.split(r"^\s*\.L_x_\d+:", loop, flags=re.MULTILINE):
+        count = len(re.findall(r"^\s*/\*[0-9a-f]+\*/.*;", block, flags=re.MULTILINE))
+        if len(re.findall(r"\bMUFU\.EX2", block)) >= logits:
+            forms.append((count / logits, len(re.findall(r"\bMUFU", block)) / logits))
+        else:
+            others += count
+    terms = ", ".join(f"{count:.1f} ({special:.1f})" for count, special in sorted(forms))
+    return f"{terms} + {others / logits:.1f}" if terms else ""
 
 
 def faults(kernel: Kernel, shape: Shape | None) -> list[str]:
@@ -153,7 +182,7 @@ def main() -> None:
             wrong = faults(kernel, shape)
             bad += bool(wrong)
             count += 1
-            of_sweep = ["", "", "", ""]
+            of_sweep = ["", "", "", "", ""]
             if shape:
                 by_registers = 65536 // (shape.threads * ((kernel.registers + 7) // 8 * 8))
                 blocks = min(by_registers, SHARED_KB.get(arch, 100) * 1024 // (shape.shared + 1024))
@@ -162,9 +191,10 @@ def main() -> None:
                     blocks,
                     " ".join(sorted(kernel.matrix)),
                     f"{kernel.special:.2f}",
+                    instructions(kernel.loop, shape.logits),
                 ]
-            shared, blocks, matrix, special = of_sweep
-            row = ROW.format(arch, *kernel[:4], shared, blocks, matrix, kernel.exponentials, special)
+            shared, blocks, matrix, special, counts = of_sweep
+            row = ROW.format(arch, *kernel[:4], shared, blocks, matrix, kernel.exponentials, special, counts)
             print(row.rstrip() + (f"  <- {', '.join(wrong)}" if wrong else ""), flush=True)
     print(f"{count} kernels, {bad} with faults")
     sys.exit(bool(bad))

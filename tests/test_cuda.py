@@ -4,6 +4,8 @@
 The kernels' own test is tests/pairwise_bce_cuda_test.cpp.
 """
 
+import re
+
 import pytest
 import torch
 from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, run_python, views
@@ -34,7 +36,7 @@ def test_machine_code():
     pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton")
     result = run_python("benchmarks/cuda_resources.py")
     assert result.returncode == 0, result.stdout + result.stderr
-    for architecture in ops.extension.cuda.replace("+PTX", "").split(";"):
+    for architecture in re.findall(r"\d+\.\d+a?", ops.extension.cuda):
         assert f"sm_{architecture.replace('.', '')} " in result.stdout
 
 

@@ -49,7 +49,9 @@ struct PairwiseBCECuda {
   float* dy;       // [K, D]
   float* dparams;  // [6]
   int multiprocessors;
-  bool hopper;      // if takes_hopper(): the kernel for compute capability 9.0
+  // The kernel for compute capability 9.0, where there is one: for 16-bit features and a gradient. It takes a build for
+  // 9.0a, hopper_is_built().
+  bool hopper;
   void* workspace;  // workspace_bytes(), aligned to 256
 };
 
@@ -64,11 +66,6 @@ inline bool is_fused(const PairwiseBCECuda& problem) {
   return problem.arithmetic != Arithmetic::kFp32 && problem.d <= kMaxFusedFeatures;
 }
 
-// 16-bit features of a problem with a gradient. The kernel is in builds for 9.0a, and there hopper_is_built().
-inline bool takes_hopper(const PairwiseBCECuda& problem) {
-  return is_fused(problem) && (problem.arithmetic == Arithmetic::kBf16 || problem.arithmetic == Arithmetic::kFp16) &&
-         (problem.dx || problem.dy);
-}
 bool hopper_is_built();
 
 size_t workspace_bytes(const PairwiseBCECuda& problem);

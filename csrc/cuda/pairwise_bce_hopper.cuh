@@ -4,9 +4,8 @@
 //
 // A block is two groups of four warps, each with 64 rows, and one that fetches column tiles into a ring, which
 // mbarriers guard. A group makes a tile's logits from shared memory, turns them into coefficients in registers, and
-// multiplies those with the same tile. That last product is started along with the next tile's logits, so the tensor
-// cores have both to do while the group waits; the two groups take turns at starting, so one of them is at its sigmoids
-// while the other's products run.
+// multiplies those with the same tile. That last product is started behind the next tile's logits and runs while the
+// group is at their sigmoids; the two groups take turns at starting, so the other's products run then too.
 //
 // prepare_row() lays rows out as the products read them, so a tile is one stretch of memory for each 64 features.
 #pragma once
@@ -26,7 +25,7 @@ struct Ring {
   MIO_DEVICE uint32_t columns() const { return smem + T::kColumnsAt + stage * T::kStageBytes; }
   MIO_DEVICE uint32_t full() const { return smem + T::kBarriersAt + 8 * stage; }
   MIO_DEVICE uint32_t empty() const { return full() + 8 * T::kStages; }
-  MIO_DEVICE static uint32_t rows_there(uint32_t smem) { return smem + T::kBarriersAt + 16 * T::kStages; }
+  MIO_DEVICE uint32_t rows_there() const { return smem + T::kBarriersAt + 16 * T::kStages; }
   MIO_DEVICE void next() {
     if (++stage == T::kStages) stage = 0, parity ^= 1;
   }
@@ -36,10 +35,9 @@ struct Ring {
 template <class T>
 MIO_DEVICE void fetch(const Sweep& in, uint32_t smem, int first, int end) {
   const auto* rows = static_cast<const unsigned char*>(in.rows.z) + int64_t(blockIdx.x) * (T::kBlockM * T::kRowBytes);
-  const uint32_t rows_there = Ring<T>::rows_there(smem);
-  mbarrier_arrive_expecting(rows_there, T::kBlockM * T::kRowBytes);
-  bulk_copy(smem, rows, T::kBlockM * T::kRowBytes, rows_there);
   Ring<T> ring{smem};
+  mbarrier_arrive_expecting(ring.rows_there(), T::kBlockM * T::kRowBytes);
+  bulk_copy(smem, rows, T::kBlockM * T::kRowBytes, ring.rows_there());
   for (int col0 = first; col0 < end; col0 += T::kBlockN, ring.next()) {
     const auto* columns = static_cast<const unsigned char*>(in.cols.z) + row_at(true, col0, T::kRowBytes);
     mbarrier_wait(ring.empty(), ring.parity ^ 1);
@@ -76,12 +74,12 @@ MIO_DEVICE void start_gradient(float (&acc)[1][T::kWidth / 8][4], const uint32_t
             columns + (f / kBlockFeatures * kNextBlock + step * 16 * kBlockRowBytes));
 }
 
-template <int N>
-MIO_DEVICE void hold_all(float (&c)[N][4]) {
+template <class Register, int N>
+MIO_DEVICE void hold_all(Register (&r)[N][4]) {
 #pragma unroll
   for (int n = 0; n < N; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) hold(c[n][i]);
+    for (int i = 0; i < 4; ++i) hold(r[n][i]);
 }
 
 // Grid: [row blocks, splits].
@@ -100,7 +98,7 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
     Ring<T> ring{smem};
     for (int i = 0; i < T::kStages; ++i, ring.next())
       mbarrier_init(ring.full(), 1), mbarrier_init(ring.empty(), T::kWarps);
-    mbarrier_init(Ring<T>::rows_there(smem), 1);
+    mbarrier_init(ring.rows_there(), 1);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -123,9 +121,9 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
   float acc[1][kWidth / 8][4] = {}, s[1][N][4];
   uint32_t g[N / 2][1][4] = {};
   if (group == 1) barrier_arrive(other_turn, T::kThreads);  // the first turn is the other's
-  mbarrier_wait(Ring<T>::rows_there(smem), 0);
 
   Ring<T> ring{smem}, last{smem};
+  mbarrier_wait(ring.rows_there(), 0);
   for (int col0 = first; col0 < end; col0 += T::kBlockN, ring.next()) {
     mbarrier_wait(ring.full(), ring.parity);
     barrier_wait(my_turn, T::kThreads);
@@ -142,9 +140,7 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
     wgmma_wait<0>();
     hold_all(acc[0]);
 #pragma unroll
-    for (int step = 0; step < N / 2; ++step)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) hold(g[step][0][i]);
+    for (int step = 0; step < N / 2; ++step) hold_all(g[step]);
     if (last.stage != ring.stage) {
       sync_warp();
       if (lane == 0) mbarrier_arrive(last.empty());

@@ -21,7 +21,10 @@ int padded_width(const PairwiseBCECuda& in) {
   return in.d <= 64 ? 64 : in.d <= 128 ? 128 : 256;
 }
 
-bool uses_hopper(const PairwiseBCECuda& in) { return in.hopper && takes_hopper(in); }
+bool half(const PairwiseBCECuda& in) {
+  return in.arithmetic == Arithmetic::kBf16 || in.arithmetic == Arithmetic::kFp16;
+}
+bool uses_hopper(const PairwiseBCECuda& in) { return in.hopper && is_fused(in) && half(in) && (in.dx || in.dy); }
 
 // The smallest tiles of any kernel, so the most blocks there can be.
 constexpr int kSmallestBlockM = 64;
@@ -78,7 +81,7 @@ struct Workspace {
     Prepared p{};
     p.n = n;
     p.n_pad = ceil_div(n, kRowMultiple) * kRowMultiple;
-    const int element = in.arithmetic == Arithmetic::kBf16 || in.arithmetic == Arithmetic::kFp16 ? 2 : 4;
+    const int element = half(in) ? 2 : 4;
     p.z = carver.take<unsigned char>(int64_t(p.n_pad) * padded_width(in) * element);
     p.inverse = carver.take<float>(p.n_pad);
     p.back = carver.take<float>(p.n_pad);

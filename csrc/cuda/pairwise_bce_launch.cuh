@@ -2,6 +2,8 @@
 // Kernel launches of one arithmetic. A .cu file instantiates them, so that the four compile apart.
 #pragma once
 
+#include <type_traits>
+
 #include "pairwise_bce_chunked.cuh"
 #include "pairwise_bce_cuda.h"
 #include "pairwise_bce_kernel.cuh"
@@ -48,29 +50,25 @@ struct LaunchChunked {
   static void finish(const FinishRows& in, Stream stream);
 };
 
-template <class A, int kWidth, bool kIds>
-void launch_sweep(Sweep in, int multiprocessors, float* scratch, Stream stream) {
-  using T = Tile<A, kWidth>;
-  const int slices = in.grad ? T::kSlices : 1;
-  // One block a multiprocessor is there for certain, whatever else it needs.
-  const int together_blocks = multiprocessors / slices;
-  const bool together = in.prepares && in.rows.n <= kTogetherRows && in.cols.n <= kTogetherRows &&
-                        ceil_div(in.rows.n, T::kBlockM) <= together_blocks;
-  if (in.prepares && !together) Launch<A>::prepare(in.prepare, stream);
-  const int slots = together ? together_blocks : multiprocessors * T::kBlocksPerMultiprocessor / slices;
-  const Plan plan = plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, slots, together ? slots : 2 * slots);
+// Calls f with the width and whether there are ids as types, which the kernels are made for.
+template <class F>
+void with_width(int width, bool ids, F&& f) {
+  auto with = [&](auto w) { ids ? f(w, std::true_type()) : f(w, std::false_type()); };
+  if (width == 64) with(std::integral_constant<int, 64>());
+  if (width == 128) with(std::integral_constant<int, 128>());
+  if (width == 256) with(std::integral_constant<int, 256>());
+}
+
+// Launches a sweep of tiles T in as many blocks as the plan for `slots` at a time says.
+template <class T>
+void launch_planned(void (*kernel)(Sweep), int threads, int slices, int slots, int most_blocks, bool together, Sweep in,
+                    float* scratch, Stream stream) {
+  const Plan plan = plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, slots, most_blocks);
   in.prepares = together;
   in.splits = plan.splits;
   in.tiles_per_split = plan.tiles_per_split;
   in.partial = plan.splits > 1 ? scratch : in.grad;
-  launch(sweep_kernel<A, kWidth, kIds>, dim3(plan.row_blocks, plan.splits, slices), T::kThreads, T::kSharedBytes,
-         stream, in, together);
-}
-
-template <class A, int kWidth>
-void launch_width(const Sweep& in, int multiprocessors, float* scratch, Stream stream) {
-  in.rows.ids ? launch_sweep<A, kWidth, true>(in, multiprocessors, scratch, stream)
-              : launch_sweep<A, kWidth, false>(in, multiprocessors, scratch, stream);
+  launch(kernel, dim3(plan.row_blocks, plan.splits, slices), threads, T::kSharedBytes, stream, in, together);
 }
 
 template <class A>
@@ -81,9 +79,18 @@ void Launch<A>::prepare(const Prepare& in, Stream stream) {
 
 template <class A>
 void Launch<A>::sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream) {
-  if (width == 64) launch_width<A, 64>(in, multiprocessors, scratch, stream);
-  if (width == 128) launch_width<A, 128>(in, multiprocessors, scratch, stream);
-  if (width == 256) launch_width<A, 256>(in, multiprocessors, scratch, stream);
+  with_width(width, in.rows.ids, [&](auto w, auto ids) {
+    using T = Tile<A, w()>;
+    const int slices = in.grad ? T::kSlices : 1;
+    // One block a multiprocessor is there for certain, whatever else it needs.
+    const int together_blocks = multiprocessors / slices;
+    const bool together = in.prepares && in.rows.n <= kTogetherRows && in.cols.n <= kTogetherRows &&
+                          ceil_div(in.rows.n, T::kBlockM) <= together_blocks;
+    if (in.prepares && !together) prepare(in.prepare, stream);
+    const int slots = together ? together_blocks : multiprocessors * T::kBlocksPerMultiprocessor / slices;
+    launch_planned<T>(sweep_kernel<A, w(), ids()>, T::kThreads, slices, slots, together ? slots : 2 * slots, together,
+                      in, scratch, stream);
+  });
 }
 
 }  // namespace mio_ext
