@@ -1,9 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The schemas of mio_ext's ops. Implementations register themselves in csrc/<device>/; the fake
-// implementation and the autograd function are in mio_ext/ops.py.
+// The schemas of mio_ext's ops, and the contract behind them. Implementations register themselves in csrc/<device>/;
+// the fake implementation and the autograd function are in mio_ext/ops.py.
 #include <torch/library.h>
 
 #include <string>
+
+#include "call.h"
+
+namespace mio_ext {
+namespace {
+
+void only_check(const Call&) {}  // from_dispatcher() has
+
+}  // namespace
 
 TORCH_LIBRARY(mio_ext, m) {
   // Eq. (11)-(12) of mio_ext/reference.py, its gradients and its statistics in one pass.
@@ -22,13 +31,14 @@ TORCH_LIBRARY(mio_ext, m) {
   // loss, dparams [6]: float32, float64 for float64 inputs. dx [M, D], dy [K, D]: the same, so that a
   //     16-bit gradient is rounded once, after grad_output; empty where not needed.
   // stats: float64 [8], the fields of reference.PairStats.
-  const std::string arguments =
-      "(Tensor x, Tensor? y, Tensor? x_ids, Tensor? y_ids, Tensor? params, float[] constants, SymInt shift, "
-      "SymInt offset, bool exclude_self, bool normalize, bool[3] needs_grad, Tensor? x2=None) -> ";
-  const std::string outputs = "(Tensor loss, Tensor stats, Tensor dx, Tensor dy, Tensor dparams)";
-  m.def(("pairwise_bce" + arguments + outputs).c_str());
+  const std::string arguments = kArguments;
+  m.def(("pairwise_bce" + arguments + kOutputs).c_str());
   // The same op in Triton; mio_ext/ops.py registers its implementation.
-  m.def(("pairwise_bce_triton" + arguments + outputs).c_str());
-  // What every implementation asks of its arguments, for those that are not in C++; csrc/check_inputs.h.
+  m.def(("pairwise_bce_triton" + arguments + kOutputs).c_str());
+  // What every implementation asks of its arguments, for those that are not in C++.
   m.def(("check_inputs" + arguments + "()").c_str());
 }
+
+TORCH_LIBRARY_IMPL(mio_ext, CompositeExplicitAutograd, m) { m.impl("check_inputs", from_dispatcher<only_check>); }
+
+}  // namespace mio_ext

@@ -40,6 +40,18 @@ struct PairSums {
     negative.add(o.negative, times);
     distance += times * o.distance;
   }
+
+  // The fields of reference.PairStats. A mean over no pairs is NaN. t is minus the logit on positive pairs.
+  MIO_HOST_DEVICE void statistics(double out[8]) const {
+    out[0] = positive.count;
+    out[1] = negative.count;
+    out[2] = positive.softplus / positive.count;
+    out[3] = negative.softplus / negative.count;
+    out[4] = positive.product / positive.count;
+    out[5] = negative.product / negative.count;
+    out[6] = 1 - positive.sigmoid / positive.count;
+    out[7] = negative.sigmoid / negative.count;
+  }
 };
 
 // (a_p, a_n, b, w_p, w_n, w_l) of eq. (11)-(12).

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA implementation of the op: check, then what pairwise_bce_host.h does, on the features' device and its stream.
+// CUDA implementation of the op: what pairwise_bce_host.h does, on the features' device and its stream.
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -17,32 +17,25 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-Outputs pairwise_bce(const at::Tensor& x, const std::optional<at::Tensor>& y, const std::optional<at::Tensor>& x_ids,
-                     const std::optional<at::Tensor>& y_ids, const std::optional<at::Tensor>& params,
-                     at::ArrayRef<double> constants, int64_t shift, int64_t offset, bool exclude_self, bool normalize,
-                     std::array<bool, 3> needs_grad, const std::optional<at::Tensor>& x2) {
-  check_inputs(x, y, x_ids, y_ids, params, constants, shift, offset, normalize, needs_grad, x2);
-  check_supported(x, y, x2);
-  const c10::cuda::CUDAGuard guard(x.device());
-  const int device = x.get_device(), major = device_attribute(cudaDevAttrComputeCapabilityMajor, device),
+Outputs pairwise_bce(const Call& call) {
+  check_supported(call);
+  const c10::cuda::CUDAGuard guard(call.x.device());
+  const int device = call.x.get_device(), major = device_attribute(cudaDevAttrComputeCapabilityMajor, device),
             minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device);
   TORCH_CHECK(major >= 8, "pairwise_bce: backend 'cuda' needs compute capability 8.0 or later, got ", major, ".",
               minor);
   // Small batches go to the kernel that does it all in one launch.
-  const int64_t m = x.size(0) + (x2 ? x2->size(0) : 0), k = y ? y->size(0) : m;
-  const bool hopper = hopper_is_built() && major == 9 && minor == 0 && std::max(m, k) > kTogetherRows;
+  const bool hopper = hopper_is_built() && major == 9 && minor == 0 && std::max(call.m(), call.k()) > kTogetherRows;
   // The library's products are of these types and no others.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Outputs outputs =
-      run_pairwise_bce(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad, x2,
-                       device_attribute(cudaDevAttrMultiProcessorCount, device), hopper, kChunkBytes,
-                       c10::cuda::getCurrentCUDAStream(x.device().index()));
+  const Outputs outputs = run_pairwise_bce(call, device_attribute(cudaDevAttrMultiProcessorCount, device), hopper,
+                                           kChunkBytes, c10::cuda::getCurrentCUDAStream(call.x.device().index()));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return outputs;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mio_ext, CUDA, m) { m.impl("pairwise_bce", pairwise_bce); }
+TORCH_LIBRARY_IMPL(mio_ext, CUDA, m) { m.impl("pairwise_bce", from_dispatcher<pairwise_bce>); }
 
 }  // namespace mio_ext

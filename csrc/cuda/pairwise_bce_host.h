@@ -7,14 +7,11 @@
 #include <ATen/Context.h>
 
 #include <algorithm>
-#include <tuple>
 
-#include "../check_inputs.h"
+#include "../call.h"
 #include "pairwise_bce_cuda.h"
 
 namespace mio_ext {
-
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Bytes of a chunk's products, which bound the chunked path's memory.
 constexpr int64_t kChunkBytes = int64_t(512) << 20;
@@ -30,15 +27,13 @@ inline Arithmetic arithmetic_of(at::ScalarType type, int64_t d) {
   return tf32 ? Arithmetic::kTf32 : Arithmetic::kFp16x3;
 }
 
-inline void check_supported(const at::Tensor& x, const std::optional<at::Tensor>& y,
-                            const std::optional<at::Tensor>& x2) {
+inline void check_supported(const Call& call) {
   TORCH_CHECK_TYPE(
-      x.scalar_type() != at::kDouble,
+      call.x.scalar_type() != at::kDouble,
       "pairwise_bce: backend 'cuda' takes float32, bfloat16 and float16, got float64; use backend='triton' "
       "or 'reference'");
-  const int64_t m = x.size(0) + (x2 ? x2->size(0) : 0);
-  TORCH_CHECK_VALUE(m <= kMaxRows && (!y || y->size(0) <= kMaxRows), "pairwise_bce: backend 'cuda' takes up to ",
-                    kMaxRows, " rows, got ", m, y ? " and " : "", y ? std::to_string(y->size(0)) : "");
+  TORCH_CHECK_VALUE(call.m() <= kMaxRows && call.k() <= kMaxRows, "pairwise_bce: backend 'cuda' takes up to ", kMaxRows,
+                    " rows, got ", call.m(), " and ", call.k());
 }
 
 // out = a b, or out += a b, in out's type, which for 16-bit operands is float32.
@@ -76,48 +71,47 @@ inline void run_chunked(const PairwiseBCECuda& problem, const at::Tensor& worksp
   launch_chunked_finish(problem, stream);
 }
 
-// The op; csrc/ops.cpp says what the arguments mean.
-inline Outputs run_pairwise_bce(const at::Tensor& x, const std::optional<at::Tensor>& y,
-                                const std::optional<at::Tensor>& x_ids, const std::optional<at::Tensor>& y_ids,
-                                const std::optional<at::Tensor>& params, at::ArrayRef<double> constants, int64_t shift,
-                                int64_t offset, bool exclude_self, bool normalize, std::array<bool, 3> needs_grad,
-                                const std::optional<at::Tensor>& x2, int multiprocessors, bool hopper,
-                                int64_t chunk_bytes, Stream stream) {
+inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopper, int64_t chunk_bytes,
+                                Stream stream) {
   using at::Tensor;
-  const auto options = x.options().dtype(at::kFloat);
-  const Tensor row_ids = x_ids ? x_ids->contiguous() : Tensor(), col_ids = y_ids ? y_ids->contiguous() : Tensor();
-  const Tensor numbers = params ? params->contiguous() : Tensor();
+  const auto options = call.x.options().dtype(at::kFloat);
+  const int64_t m = call.m(), k = call.k(), d = call.d();
+  const Tensor x_ids = call.x_ids ? call.x_ids->contiguous() : Tensor();
+  const Tensor y_ids = call.y_ids ? call.y_ids->contiguous() : Tensor();
+  const Tensor params = call.params ? call.params->contiguous() : Tensor();
   auto wanted = [&](bool needs, at::IntArrayRef sizes) {
     return at::empty(needs ? sizes : at::IntArrayRef{0}, options);
   };
   const Tensor loss = at::empty({}, options), stats = at::empty({8}, options.dtype(at::kDouble));
-  const int64_t m = x.size(0) + (x2 ? x2->size(0) : 0), d = x.size(1);
-  const Tensor dx = wanted(needs_grad[0], {m, d}), dy = wanted(needs_grad[1], {y ? y->size(0) : 0, d});
-  const Tensor dparams = wanted(needs_grad[2], {6});
+  const Tensor dx = wanted(call.needs_grad[0], {m, d}), dy = wanted(call.needs_grad[1], {k, d});
+  const Tensor dparams = wanted(call.needs_grad[2], {6});
 
   auto features = [](const Tensor& t) { return Features{t.const_data_ptr(), t.stride(0), t.stride(1)}; };
   PairwiseBCECuda problem{};
-  problem.arithmetic = arithmetic_of(x.scalar_type(), d);
-  problem.x = features(x);
-  problem.x_rows = int(x.size(0));
-  if (x2) problem.x2 = features(*x2);
-  if (y) problem.y = features(*y);
-  problem.x_ids = x_ids ? row_ids.const_data_ptr<int64_t>() : nullptr;
-  problem.y_ids = y_ids ? col_ids.const_data_ptr<int64_t>() : nullptr;
+  problem.arithmetic = arithmetic_of(call.x.scalar_type(), d);
+  problem.x = features(call.x);
+  problem.x_rows = int(call.x.size(0));
+  if (call.x2) problem.x2 = features(*call.x2);
+  if (call.y) problem.y = features(*call.y);
+  problem.x_ids = call.x_ids ? x_ids.const_data_ptr<int64_t>() : nullptr;
+  problem.y_ids = call.y_ids ? y_ids.const_data_ptr<int64_t>() : nullptr;
   problem.m = int(m);
-  problem.k = int(y ? y->size(0) : m);
+  problem.k = int(k);
   problem.d = int(d);
-  problem.shift = int(shift);
-  problem.offset = int(std::min<int64_t>(offset, problem.k));  // past the last column is past it
-  problem.exclude_self = exclude_self;
-  problem.normalize = normalize;
-  problem.params = params ? numbers.const_data_ptr<float>() : nullptr;
-  if (!params) problem.constants = {constants[0], constants[1], constants[2], constants[3], constants[4], constants[5]};
+  problem.shift = int(call.shift);
+  problem.offset = int(std::min(call.offset, k));  // past the last column is past it
+  problem.exclude_self = call.exclude_self;
+  problem.normalize = call.normalize;
+  problem.params = call.params ? params.const_data_ptr<float>() : nullptr;
+  if (!call.params) {
+    const auto& c = call.constants;
+    problem.constants = {c[0], c[1], c[2], c[3], c[4], c[5]};
+  }
   problem.loss = loss.mutable_data_ptr<float>();
   problem.stats = stats.mutable_data_ptr<double>();
-  problem.dx = needs_grad[0] ? dx.mutable_data_ptr<float>() : nullptr;
-  problem.dy = needs_grad[1] ? dy.mutable_data_ptr<float>() : nullptr;
-  problem.dparams = needs_grad[2] ? dparams.mutable_data_ptr<float>() : nullptr;
+  problem.dx = call.needs_grad[0] ? dx.mutable_data_ptr<float>() : nullptr;
+  problem.dy = call.needs_grad[1] ? dy.mutable_data_ptr<float>() : nullptr;
+  problem.dparams = call.needs_grad[2] ? dparams.mutable_data_ptr<float>() : nullptr;
   problem.multiprocessors = multiprocessors;
   problem.hopper = hopper;
   const Tensor workspace = at::empty({int64_t(workspace_bytes(problem))}, options.dtype(at::kByte));
@@ -126,7 +120,7 @@ inline Outputs run_pairwise_bce(const at::Tensor& x, const std::optional<at::Ten
   if (is_fused(problem))
     launch_pairwise_bce(problem, stream);
   else
-    run_chunked(problem, workspace, x.scalar_type(), dx, dy, chunk_bytes, stream);
+    run_chunked(problem, workspace, call.x.scalar_type(), dx, dy, chunk_bytes, stream);
   return {loss, stats, dx, dy, dparams};
 }
 
