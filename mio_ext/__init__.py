@@ -2,8 +2,8 @@
 """Fused pairwise sigmoid contrastive losses. Start at :func:`mio_loss`; the maths is in ``reference``."""
 
 from . import analysis, distributed, reference
+from .backends import available_backends
 from .losses import MIOLoss, SigLIPLoss, mio_loss, siglip_loss
-from .ops import available_backends
 from .reference import PairStats
 
 __version__ = "0.1.0"

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from . import checks, losses, ops
+from .backends import choose_backend
 from .checks import Number
 from .reference import PairStats
 
@@ -76,7 +77,7 @@ def gradient_parts(
     scale, bias, regularizer, _ = losses.mio_arguments(op, z1, z2, temperature, negative_temperature, regularizer, bias)
     batch, dim = z1.shape
     positive, negative, linear = losses.mio_weights(batch, dim, regularizer, None)
-    backend = ops.choose_backend(op, backend, z1.device)
+    backend = choose_backend(op, backend, z1)
     z = torch.cat([z1.detach(), z2.detach()]).to(checks.loss_dtype(z1.dtype)).requires_grad_()
 
     def part(weights: tuple[Number, Number, Number]) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+LARGEST = sys.float_info.max  #: of the finite floats
+
 #: A float, or a tensor of one element on the features' device.
 Number = float | Tensor
 
@@ -27,6 +29,17 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_features(op: str, **features: Tensor) -> None:
     """Two feature matrices of one dtype, device and width, by name. Raises TypeError or ValueError."""
     (name, first), (other_name, other) = features.items()
+    if (
+        isinstance(first, Tensor)
+        and isinstance(other, Tensor)
+        and (first.dim(), other.dim()) == (2, 2)
+        and first.dtype is other.dtype
+        and first.dtype in DTYPES
+        and first.device == other.device
+        and first.layout is torch.strided is other.layout
+        and first.size(1) > 0
+    ):
+        return
     for argument, t in features.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {argument} must be a tensor, got {type(t).__name__}")
@@ -49,6 +62,8 @@ def check_number(op: str, name: str, value: Number, like: Tensor, *, positive: b
 
     Returns it ready for arithmetic: a float, or a 0-dim tensor of the loss's dtype.
     """
+    if type(value) is float and -LARGEST <= value <= LARGEST and (value > 0 or not positive):
+        return value
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{op}: {name} must be a float or a tensor of one element, got {list(value.shape)}")
@@ -60,7 +75,7 @@ def check_number(op: str, name: str, value: Number, like: Tensor, *, positive: b
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a float or a tensor of one element, got {type(value).__name__}")
     # Comparisons, for the compiler traces them where it cannot trace math.isfinite.
-    if not -sys.float_info.max <= value <= sys.float_info.max or (positive and value <= 0):
+    if not -LARGEST <= value <= LARGEST or (positive and value <= 0):
         kind = "positive and finite" if positive else "finite"
         raise ValueError(f"{op}: {name} must be {kind}, got {value}")
     return value if torch.compiler.is_compiling() else float(value)

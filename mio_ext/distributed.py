@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checks, losses, ops
+from .backends import choose_backend
 from .checks import Number
 from .reference import PairStats
 
@@ -87,7 +88,7 @@ def mio_loss(
     scale, bias, regularizer, ids = losses.mio_arguments(
         op, z1, z2, temperature, negative_temperature, regularizer, bias, labels, processes=world
     )
-    backend = ops.choose_backend(op, backend, z1.device)
+    backend = choose_backend(op, backend, z1)
     batch, dim = z1.shape
     _check_same_rows(op, "z1", batch, z1.device, group)
     x = torch.cat([z1, z2])
@@ -108,7 +109,7 @@ def mio_loss(
     )
     value, stats = _sum_over_processes(loss.detach(), stats, group)
     loss = _Value.apply(loss, value, world)
-    return (loss, stats) if return_stats else loss
+    return (loss, PairStats(*stats.unbind())) if return_stats else loss
 
 
 def siglip_loss(
@@ -246,15 +247,15 @@ def _gather(rows: Tensor, group: Group) -> Tensor:
     return gathered
 
 
-def _sum_over_processes(loss: Tensor, stats: PairStats, group: Group) -> tuple[Tensor, PairStats]:
+def _sum_over_processes(loss: Tensor, stats: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """The loss and the statistics of all rows from those of each process's rows, in one all-reduce."""
-    counts, means = torch.stack(stats[:2]), torch.stack(stats[2:])
+    counts, means = stats[:2], stats[2:]
     pairs = counts.repeat(3)  # means alternate between positives and negatives
     sums = torch.where(pairs > 0, means * pairs, 0)  # a mean over no pairs is NaN
     total = torch.cat([loss.double()[None], counts, sums])
     dist.all_reduce(total, group=group)
     counts = total[1:3]
-    return total[0].to(loss.dtype), PairStats(*counts.unbind(), *(total[3:] / counts.repeat(3)).unbind())
+    return total[0].to(loss.dtype), torch.cat([counts, total[3:] / counts.repeat(3)])
 
 
 def _refuse_second_derivative() -> None:

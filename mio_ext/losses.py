@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, ops
+from .backends import choose_backend
 from .checks import Number
 from .reference import PairStats
 
@@ -72,9 +73,9 @@ def mio_loss(
         shift=batch,
         exclude_self=True,
         normalize=True,
-        backend=ops.choose_backend(op, backend, z1.device),
+        backend=choose_backend(op, backend, z1),
     )
-    return (loss, stats) if return_stats else loss
+    return (loss, PairStats(*stats.unbind())) if return_stats else loss
 
 
 def mio_arguments(
@@ -242,9 +243,9 @@ def siglip_loss(
         y_ids=text_ids,
         offset=k if negative_only else text_offset,  # a positive past the last column is none
         normalize=normalize,
-        backend=ops.choose_backend(op, backend, image_features.device),
+        backend=choose_backend(op, backend, image_features),
     )
-    return (loss, stats) if return_stats else loss
+    return (loss, PairStats(*stats.unbind())) if return_stats else loss
 
 
 class SigLIPLoss(nn.Module):

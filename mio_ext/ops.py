@@ -1,86 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op ``mio_ext::pairwise_bce`` as Python sees it: backends, fake implementation, autograd.
+"""The op ``mio_ext::pairwise_bce`` as Python sees it: its call, fake implementation, autograd.
 
-The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_pass.h. The implementation of its
-Triton twin ``mio_ext::pairwise_bce_triton`` is in triton_backend.py, imported when it is first called.
+The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_pass.h; backends.py says which implementation
+runs. That of its Triton twin ``mio_ext::pairwise_bce_triton`` is in triton_backend.py, imported when first called.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import backends, reference
 from .checks import Number, loss_dtype
-from .reference import PairStats
-
-extension: Any = None
-try:
-    extension = importlib.import_module("mio_ext._C")  # registers the op's schema and C++ kernels
-except ImportError as error:
-    _build_error = str(error)
-
-#: Triton is imported only when asked for, and looked for only here: torch.compile of 2.11 cannot trace find_spec.
-_has_triton = importlib.util.find_spec("triton") is not None
-
-BACKENDS = ("cpu", "cuda", "triton", "reference")
-
-#: What backend="auto" takes, by the type of the features' device; any other device: "reference".
-#: CUDA's row is due once a GPU has passed `make gpu-check`; until then a GPU's backend must be asked for.
-AUTO = {"cpu": "cpu"}
 
 
-def unavailable_reason(backend: str) -> str | None:
-    """Why ``backend`` cannot run here, in one sentence; None if it can."""
-    if backend in ("cpu", "triton") and extension is None:
-        return f"the extension is not built ({_build_error}); run: python setup.py build_ext"
-    if backend == "triton":
-        if not _has_triton:
-            return "Triton is not installed"
-        return None if torch.cuda.is_available() or _interpreted() else "there is no CUDA GPU"
-    if backend == "cuda":
-        if extension is None:
-            return f"the extension is not built ({_build_error}); run: python setup.py build_ext"
-        if extension.cuda is None:
-            return "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext does it or says why"
-        return None if torch.cuda.is_available() else "there is no CUDA GPU"
-    return None
+class Call(NamedTuple):
+    """The op's arguments; csrc/ops.cpp says what they mean."""
 
-
-def _interpreted() -> bool:
-    """Triton kernels run on the CPU, slowly, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def available_backends() -> list[str]:
-    """The backends that can run here; ``python -m mio_ext`` also says why the others cannot."""
-    return [backend for backend in BACKENDS if unavailable_reason(backend) is None]
-
-
-def choose_backend(op: str, backend: str, device: torch.device) -> str:
-    """The backend to run: "auto" resolved by the table :data:`AUTO`, anything else checked.
-
-    Raises:
-        ValueError: unknown backend, or features on a device that it does not run on.
-        RuntimeError: the backend cannot run here.
-    """
-    if backend == "auto":
-        backend = AUTO.get(device.type, "reference")
-    elif backend not in BACKENDS:
-        raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    reason = unavailable_reason(backend)
-    if reason is not None:
-        raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"{op}: backend 'cpu' needs features on the CPU, got {device}")
-    if backend in ("cuda", "triton") and device.type != "cuda" and not (backend == "triton" and _interpreted()):
-        raise ValueError(f"{op}: backend {backend!r} needs features on a CUDA GPU, got {device}")
-    return backend
+    x: Tensor
+    y: Tensor | None
+    x_ids: Tensor | None
+    y_ids: Tensor | None
+    params: Tensor | None
+    constants: list[float]
+    shift: int
+    offset: int
+    exclude_self: bool
+    normalize: bool
+    needs_grad: list[bool]
+    x2: Tensor | None = None
 
 
 def pairwise_bce(
@@ -97,8 +47,8 @@ def pairwise_bce(
     exclude_self: bool = False,
     normalize: bool = False,
     backend: str = "cpu",
-) -> tuple[Tensor, PairStats]:
-    """:func:`reference.pairwise_bce` on a backend; same arguments, same results.
+) -> tuple[Tensor, Tensor]:
+    """:func:`reference.pairwise_bce` on a backend; same arguments, same results, the statistics as float64 [8].
 
     ``x`` may be two tensors, the first rows and the others.
     16-bit features get exact float32 logits and 16-bit gradients, for which a backend may round σ to bfloat16 or
@@ -127,27 +77,26 @@ def pairwise_bce(
                 exclude_self=exclude_self,
                 normalize=normalize,
             )
-        return loss.to(loss_dtype(x.dtype)), stats
-    numbers = (*scale, bias, *weights)
+        return loss.to(loss_dtype(x.dtype)), torch.stack(stats)
+    constants: Any = [*scale, bias, *weights]
+    params = None
     # A compiled graph would be specialised on constants, and weights change with the batch size.
-    in_tensor = torch.compiler.is_compiling() or any(isinstance(n, Tensor) for n in numbers)
-    params = _as_tensor(numbers, x) if in_tensor else None
-    constants = [] if params is not None else [float(n) for n in numbers]  # type: ignore[arg-type]
-    # Inside forward() gradients are always off, so what is needed is decided out here.
-    grad = torch.is_grad_enabled()
-    needs_grad = [grad and t is not None and t.requires_grad for t in (x, y, params)]
-    needs_grad[0] |= grad and x2 is not None and x2.requires_grad
-    loss, stats = PairwiseBCE.apply(
-        x, x2, y, params, backend, x_ids, y_ids, constants, shift, offset, exclude_self, normalize, needs_grad
-    )
-    return loss, PairStats(*stats.unbind())
+    if torch.compiler.is_compiling() or not all(type(n) is float for n in constants):
+        params, constants = _as_tensor(constants, x), []
+    needs_grad = [False, False, False]
+    if torch.is_grad_enabled():  # asked out here, for inside forward() gradients are always off
+        needs_grad[0] = x.requires_grad or (x2 is not None and x2.requires_grad)
+        needs_grad[1] = y is not None and y.requires_grad
+        needs_grad[2] = params is not None and params.requires_grad
+    call = Call(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad, x2)
+    return PairwiseBCE.apply(x, x2, y, params, call, backend)  # type: ignore[no-any-return]
 
 
 def _at_least_float32(t: Tensor) -> Tensor:
     return t.float() if t.dtype.itemsize < 4 else t
 
 
-def _as_tensor(numbers: tuple[Number, ...], like: Tensor) -> Tensor:
+def _as_tensor(numbers: list[Number], like: Tensor) -> Tensor:
     """The op's ``params``; stack() hands each learnable number its gradient in its own shape."""
     dtype = loss_dtype(like.dtype)
     return torch.stack(
@@ -163,16 +112,13 @@ class PairwiseBCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x2: Tensor | None, y: Tensor | None, params: Tensor | None, *config: Any
+        ctx: Any, x: Tensor, x2: Tensor | None, y: Tensor | None, params: Tensor | None, call: Call, backend: str
     ) -> tuple[Tensor, Tensor]:
-        backend, x_ids, y_ids, *rest = config
         op = torch.ops.mio_ext.pairwise_bce_triton if backend == "triton" else torch.ops.mio_ext.pairwise_bce
-        loss, stats, dx, dy, dparams = op(x, y, x_ids, y_ids, params, *rest, x2)
+        loss, stats, dx, dy, dparams = op.default(*call)
         ctx.save_for_backward(dx, dy, dparams)
-        ctx.needs_grad = rest[-1]
-        ctx.dtype = x.dtype
-        ctx.rows = x.shape[0]
-        ctx.halves = x2 is not None
+        ctx.needs_grad, ctx.dtype = call.needs_grad, x.dtype
+        ctx.halves = None if x2 is None else (x.shape[0], x2.shape[0])
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # zeros for stats would be a kernel launch
         return loss, stats
@@ -184,57 +130,45 @@ class PairwiseBCE(torch.autograd.Function):
                 "pairwise_bce: a fused backend has no second derivative; pass backend='reference' for create_graph=True"
             )
         if grad_loss is None:
-            return (None,) * 13
-        # Rounded to 16 bits only after grad_output: a loss scale must be able to save small gradients. out=
-        # makes that one kernel launch.
-        dx, dy, dparams = (
-            torch.mul(g, grad_loss, out=torch.empty_like(g, dtype=dtype)) if needed else None
-            for g, needed, dtype in zip(
-                ctx.saved_tensors, ctx.needs_grad, (ctx.dtype, ctx.dtype, grad_loss.dtype), strict=True
-            )
-        )
+            return None, None, None, None, None, None
+        saved, needed = ctx.saved_tensors, ctx.needs_grad
+        dx = _scaled(saved[0], grad_loss, ctx.dtype) if needed[0] else None
+        dy = _scaled(saved[1], grad_loss, ctx.dtype) if needed[1] else None
+        dparams = saved[2] * grad_loss if needed[2] else None
         dx2 = None
-        if ctx.halves and dx is not None:
-            dx, dx2 = dx[: ctx.rows], dx[ctx.rows :]
-        return dx, dx2, dy, dparams, *[None] * 9
+        if ctx.halves is not None and dx is not None:
+            dx, dx2 = dx.split_with_sizes(ctx.halves)
+        return dx, dx2, dy, dparams, None, None
 
 
-def _fake(
-    x: Tensor,
-    y: Tensor | None,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    params: Tensor | None,
-    constants: list[float],
-    shift: int,
-    offset: int,
-    exclude_self: bool,
-    normalize: bool,
-    needs_grad: list[bool],
-    x2: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype``, rounded to 16 bits only after the product: a loss scale must be able to save small gradients."""
+    if gradient.dtype == dtype:
+        return gradient * by
+    return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))  # one kernel launch
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    x, y, x2 = call.x, call.y, call.x2
     dtype = loss_dtype(x.dtype)
-
-    def wanted(needs: bool, shape: Any) -> Tensor:
-        return x.new_empty(shape if needs else (0,), dtype=dtype)
-
-    return (
-        wanted(True, ()),
-        x.new_empty(8, dtype=torch.float64),
-        wanted(needs_grad[0], x.shape if x2 is None else (x.shape[0] + x2.shape[0], x.shape[1])),
-        wanted(needs_grad[1], (0,) if y is None else y.shape),
-        wanted(needs_grad[2], 6),
+    rows = x.shape[0] if x2 is None else x.shape[0] + x2.shape[0]
+    shapes = (rows, x.shape[1]), None if y is None else y.shape, (6,)
+    gradients = (
+        x.new_empty(shape if needed else (0,), dtype=dtype)
+        for shape, needed in zip(shapes, call.needs_grad, strict=True)
     )
+    return x.new_empty((), dtype=dtype), x.new_empty(8, dtype=torch.float64), *gradients
 
 
-def _run_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from . import triton_backend
 
-    return triton_backend.pairwise_bce(*args)
+    return triton_backend.pairwise_bce(*arguments)
 
 
-if extension is not None:
+if backends.extension is not None:
     _library: Any = torch.library.Library("mio_ext", "IMPL")  # type: ignore[no-untyped-call]
-    _library.impl("pairwise_bce_triton", _run_triton, "CPU" if _interpreted() else "CUDA")
+    _library.impl("pairwise_bce_triton", _run_triton, "CPU" if backends.interpreted() else "CUDA")
     for _op in ("pairwise_bce", "pairwise_bce_triton"):
         torch.library.register_fake(f"mio_ext::{_op}", _fake)

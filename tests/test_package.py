@@ -22,7 +22,7 @@ def test_report():
     assert result.returncode == 0, result.stderr
     assert f"mio_ext {mio_ext.__version__}, torch {torch.__version__}" in result.stdout
     assert re.search(r"CPU kernel: \w+ of .*portable; \d+ threads", result.stdout)
-    for backend in mio_ext.ops.BACKENDS:
+    for backend in mio_ext.backends.BACKENDS:
         assert re.search(rf"^  {backend} +\S", result.stdout, re.MULTILINE)
     assert tuple(b for b in mio_ext.available_backends() if b in ("cpu", "reference")) == ("cpu", "reference")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import TOLERANCE, assert_no_worse_than, relative_error, run_python
 
-from mio_ext import ops, reference
+from mio_ext import backends, ops, reference
 
 # (M, K, D): smaller than any tile, ragged on either side, several blocks, long and thin.
 SHAPES = [(1, 1, 1), (3, 7, 5), (20, 16, 130), (65, 31, 32), (200, 333, 24), (7, 900, 40), (900, 7, 40), (700, 610, 48)]
@@ -233,7 +233,7 @@ def test_the_op_checks_its_arguments(changes, message):
 
 
 def other_instruction_sets():
-    return ops.extension.cpu_instruction_sets()[1:]
+    return backends.extension.cpu_instruction_sets()[1:]
 
 
 @pytest.mark.parametrize("isa", other_instruction_sets())
