@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mio_ext``: versions, what was built, what can run here and why the rest cannot."""
+"""``python -m mio_ext``: versions, what was built, what can run here and why the rest cannot, what "auto" takes.
+
+``python -m mio_ext check`` tries the fused backends out and keeps the result; see :mod:`mio_ext.selfcheck`.
+"""
 
 import importlib.util
 import platform
@@ -7,32 +10,45 @@ import sys
 
 import torch
 
-from . import __version__, ops
+from . import __version__, backends, selfcheck
 
 
-def main() -> None:
+def report() -> None:
     triton = "present" if importlib.util.find_spec("triton") else "not installed"
     print(f"mio_ext {__version__}, torch {torch.__version__}, triton {triton}, Python {platform.python_version()}")
-    if ops.extension is None:
+    extension = backends.extension
+    if extension is None:
         print("extension: not built")
     else:
-        sets = ops.extension.cpu_instruction_sets()
-        print(f"extension: built with {ops.extension.compiler}")
-        print(
-            f"CPU kernel: {ops.extension.cpu_instruction_set()} of {', '.join(sets)}; {torch.get_num_threads()} threads"
-        )
-        print(f"CUDA kernels: {ops.extension.cuda or 'not built'}")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"GPUs: {', '.join(gpus) or 'none'}")
+        sets = extension.cpu_instruction_sets()
+        print(f"extension: built with {extension.compiler}")
+        print(f"CPU kernel: {extension.cpu_instruction_set()} of {', '.join(sets)}; {torch.get_num_threads()} threads")
+        print(f"CUDA kernels: {extension.cuda or 'not built'}")
     print("backends:")
-    for backend in ops.BACKENDS:
-        print(f"  {backend:<10} {ops.unavailable_reason(backend) or 'available'}")
-    table = ", ".join(f"{device}: {backend}" for device, backend in ops.AUTO.items())
-    print(f"backend='auto': {table}, any other device: reference")
+    for backend in backends.BACKENDS:
+        print(f"  {backend:<10} {backends.unavailable_reason(backend) or 'available'}")
+    print("backend='auto' takes:")
+    print(f"  cpu        {'cpu' if extension is not None else 'nothing: build the extension'}")
+    for i in range(torch.cuda.device_count()):
+        found: dict[backends.Choice, list[str]] = {}
+        for cell in backends.CELLS:
+            found.setdefault(backends.auto_on_gpu(i, cell), []).append(str(cell))
+        told = "; ".join(f"{c.backend} for {', '.join(cells)} ({c.why})" for c, cells in found.items())
+        print(f"  cuda:{i:<5} {torch.cuda.get_device_name(i)}: {told}")
+    print("  elsewhere  reference, dense PyTorch")
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        report()
+    elif arguments[0] == "check":
+        selfcheck.main(arguments[1:])
+    else:
+        sys.exit(f"python -m mio_ext: the only command is check, got {arguments[0]!r}")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except RuntimeError as error:  # MIO_CPU_ISA names what the machine cannot run
         sys.exit(str(error))

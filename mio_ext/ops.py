@@ -153,11 +153,8 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     x, y, x2 = call.x, call.y, call.x2
     dtype = loss_dtype(x.dtype)
     rows = x.shape[0] if x2 is None else x.shape[0] + x2.shape[0]
-    shapes = (rows, x.shape[1]), None if y is None else y.shape, (6,)
-    gradients = (
-        x.new_empty(shape if needed else (0,), dtype=dtype)
-        for shape, needed in zip(shapes, call.needs_grad, strict=True)
-    )
+    shapes: tuple[Any, ...] = ((rows, x.shape[1]), (0,) if y is None else y.shape, (6,))
+    gradients = (x.new_empty(s if n else (0,), dtype=dtype) for s, n in zip(shapes, call.needs_grad, strict=True))
     return x.new_empty((), dtype=dtype), x.new_empty(8, dtype=torch.float64), *gradients
 
 
