@@ -3,7 +3,8 @@
 
 from . import analysis, distributed, reference
 from .backends import available_backends
-from .losses import MIOLoss, SigLIPLoss, mio_loss, siglip_loss
+from .losses import mio_loss, siglip_loss
+from .modules import MIOLoss, SigLIPLoss
 from .reference import PairStats
 
 __version__ = "0.1.0"

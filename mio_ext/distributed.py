@@ -16,7 +16,7 @@ line trains alone and under ``torchrun``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from . import checks, losses, ops
 from .backends import choose_backend
 from .checks import Number
+from .losses import MIOOptions, SigLIPOptions
 from .reference import PairStats
 
 Group = Any  #: a torch.distributed process group, None: the default one
@@ -35,6 +36,18 @@ _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 
 
+@overload
+def mio_loss(
+    z1: Tensor, z2: Tensor, *, group: Group = ..., return_stats: Literal[False] = ..., **options: Unpack[MIOOptions]
+) -> Tensor: ...
+@overload
+def mio_loss(
+    z1: Tensor, z2: Tensor, *, group: Group = ..., return_stats: Literal[True], **options: Unpack[MIOOptions]
+) -> tuple[Tensor, PairStats]: ...
+@overload
+def mio_loss(
+    z1: Tensor, z2: Tensor, *, group: Group = ..., return_stats: bool, **options: Unpack[MIOOptions]
+) -> Tensor | tuple[Tensor, PairStats]: ...
 def mio_loss(
     z1: Tensor,
     z2: Tensor,
@@ -112,6 +125,39 @@ def mio_loss(
     return (loss, PairStats(*stats.unbind())) if return_stats else loss
 
 
+@overload
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Number,
+    logit_bias: Number | None = ...,
+    *,
+    group: Group = ...,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[SigLIPOptions],
+) -> Tensor: ...
+@overload
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Number,
+    logit_bias: Number | None = ...,
+    *,
+    group: Group = ...,
+    return_stats: Literal[True],
+    **options: Unpack[SigLIPOptions],
+) -> tuple[Tensor, PairStats]: ...
+@overload
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Number,
+    logit_bias: Number | None = ...,
+    *,
+    group: Group = ...,
+    return_stats: bool,
+    **options: Unpack[SigLIPOptions],
+) -> Tensor | tuple[Tensor, PairStats]: ...
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,

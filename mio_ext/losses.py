@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict, Unpack, overload
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checks, ops
 from .backends import choose_backend
@@ -12,6 +14,29 @@ from .checks import Number
 from .reference import PairStats
 
 
+class MIOOptions(TypedDict, total=False):
+    """The keywords of :func:`mio_loss`, for its type."""
+
+    temperature: Number
+    negative_temperature: Number | None
+    regularizer: Number
+    bias: Number | None
+    labels: Tensor | None
+    backend: str
+
+
+@overload
+def mio_loss(
+    z1: Tensor, z2: Tensor, *, return_stats: Literal[False] = ..., **options: Unpack[MIOOptions]
+) -> Tensor: ...
+@overload
+def mio_loss(
+    z1: Tensor, z2: Tensor, *, return_stats: Literal[True], **options: Unpack[MIOOptions]
+) -> tuple[Tensor, PairStats]: ...
+@overload
+def mio_loss(
+    z1: Tensor, z2: Tensor, *, return_stats: bool, **options: Unpack[MIOOptions]
+) -> Tensor | tuple[Tensor, PairStats]: ...
 def mio_loss(
     z1: Tensor,
     z2: Tensor,
@@ -123,43 +148,52 @@ def mio_weights(batch: int, dim: int, regularizer: Number, ids: Tensor | None) -
     return 1 / positives, torch.where(negatives > 0, 1 / negatives, 0), 2 * regularizer / (positives * dim)
 
 
-class MIOLoss(nn.Module):
-    """:func:`mio_loss` as a module. An ``nn.Parameter`` given as a number is learnt with the module."""
+class SigLIPOptions(TypedDict, total=False):
+    """The keywords of :func:`siglip_loss` that it shares with the one over processes, for their type."""
 
-    def __init__(
-        self,
-        temperature: Number = 0.5,
-        negative_temperature: Number | None = None,
-        regularizer: Number = 1.0,
-        bias: Number | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.negative_temperature = negative_temperature
-        self.regularizer = regularizer
-        self.bias = bias
-        self.backend = backend
-
-    def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
-        return mio_loss(  # type: ignore[return-value]
-            z1,
-            z2,
-            temperature=self.temperature,
-            negative_temperature=self.negative_temperature,
-            regularizer=self.regularizer,
-            bias=self.bias,
-            labels=labels,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, negative_temperature={self.negative_temperature}, "
-            f"regularizer={self.regularizer}, bias={self.bias}, backend={self.backend!r}"
-        )
+    image_ids: Tensor | None
+    text_ids: Tensor | None
+    normalize: bool
+    backend: str
 
 
+class LocalSigLIPOptions(SigLIPOptions, total=False):
+    """All keywords of :func:`siglip_loss`, for its type."""
+
+    text_offset: int
+    negative_only: bool
+
+
+@overload
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Number,
+    logit_bias: Number | None = ...,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[LocalSigLIPOptions],
+) -> Tensor: ...
+@overload
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Number,
+    logit_bias: Number | None = ...,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LocalSigLIPOptions],
+) -> tuple[Tensor, PairStats]: ...
+@overload
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Number,
+    logit_bias: Number | None = ...,
+    *,
+    return_stats: bool,
+    **options: Unpack[LocalSigLIPOptions],
+) -> Tensor | tuple[Tensor, PairStats]: ...
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -246,61 +280,6 @@ def siglip_loss(
         backend=choose_backend(op, backend, image_features),
     )
     return (loss, PairStats(*stats.unbind())) if return_stats else loss
-
-
-class SigLIPLoss(nn.Module):
-    """Drop-in for open_clip's ``SigLipLoss``: same constructor, call, value and gradients.
-
-    With ``world_size`` > 1 it is :func:`mio_ext.distributed.siglip_loss` over the default process group.
-    ``cache_labels``, ``chunk_size`` and ``dist_impl`` are accepted and change nothing: there is no label
-    matrix to cache, memory never grows with the square of the batch, and open_clip's ways of passing the
-    texts round ("bidir", "shift", "reduce", "gather") give one value and one gradient.
-
-    Raises:
-        ValueError: a rank that is not in [0, world_size), or a ``dist_impl`` that open_clip does not know.
-        RuntimeError: at the call, if the default process group is not of ``world_size`` processes, or if
-            this process is not number ``rank`` of it.
-    """
-
-    def __init__(
-        self,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        dist_impl: str | None = None,
-        chunk_size: int = 0,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        if not 0 <= rank < world_size:
-            raise ValueError(f"SigLIPLoss: rank must be in [0, world_size), got {rank} of {world_size}")
-        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
-            raise ValueError(f"SigLIPLoss: dist_impl must be bidir, shift, reduce or gather, got {dist_impl!r}")
-        self.rank, self.world_size = rank, world_size
-        self.backend = backend
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Number,
-        logit_bias: Number | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        if self.world_size == 1:  # a process group may be there for other things
-            loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
-        else:
-            from . import distributed  # which is built on this module
-
-            if (place := distributed.place("SigLIPLoss", None)) != (self.rank, self.world_size):
-                raise RuntimeError(
-                    f"SigLIPLoss: this process must be rank {self.rank} of {self.world_size} in the default process "
-                    f"group, got rank {place[0]} of {place[1]} (torch.distributed.init_process_group comes first)"
-                )
-            loss = distributed.siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
-        assert isinstance(loss, Tensor)
-        return {"contrastive_loss": loss} if output_dict else loss
 
 
 def _positives_per_row(x_ids: Tensor, y_ids: Tensor) -> Tensor:

@@ -105,7 +105,6 @@ def _step(p: Problem, backend: str, features: torch.dtype, dtype: torch.dtype, d
     else:
         labels = torch.arange(half, device=device) % 9 if p.loss == "labels" else None
         loss = losses.mio_loss(x, y, labels=labels, backend=backend)
-    assert isinstance(loss, Tensor)
     gradients = torch.autograd.grad(loss * LOSS_SCALE, (x, y))
     return [loss.detach(), torch.cat([g.double() for g in gradients])]
 

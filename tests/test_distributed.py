@@ -11,7 +11,7 @@ from conftest import TOLERANCE, relative_error
 from process_pool import WORLD, groups
 
 import mio_ext
-from mio_ext import SigLIPLoss, distributed, reference
+from mio_ext import MIOLoss, SigLIPLoss, distributed, mio_loss, reference
 
 
 def whole_batch(batch: int, dim: int, seed: int = 0):
@@ -90,6 +90,22 @@ def test_statistics_are_those_of_the_whole_batch(pool):
         _, expected = mio_ext.mio_loss(*whole_batch(24, 8, 2), labels=own, return_stats=True)
         for _, _, stats in results:
             assert stats == pytest.approx([float(s) for s in expected], rel=1e-12, nan_ok=True)
+
+
+def modules_on_a_rank():
+    """MIOLoss with and without the batches of the others, on a batch that differs from process to process."""
+    z1, z2 = (z.chunk(WORLD)[dist.get_rank()] for z in whole_batch(WORLD * 5, 6, 0))
+    return (
+        float(MIOLoss(0.3, gather_distributed=True)(z1, z2)),
+        float(MIOLoss(0.3)(z1, z2)),
+        float(mio_loss(z1, z2, temperature=0.3)),
+    )
+
+
+def test_the_module_gathers_if_asked(pool):
+    whole = float(mio_loss(*whole_batch(WORLD * 5, 6, 0), temperature=0.3))
+    for gathered, alone, own in pool.run(modules_on_a_rank):
+        assert gathered == pytest.approx(whole, rel=1e-12) and alone == own != pytest.approx(whole, rel=1e-3)
 
 
 def test_one_process_is_the_plain_loss(pool):

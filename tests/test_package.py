@@ -68,6 +68,25 @@ def test_needs_only_torch():
     assert "fine" in result.stdout, result.stderr
 
 
+def test_types_in_a_users_file(tmp_path):
+    """mypy finds our types, and knows a loss from a loss with statistics."""
+    (tmp_path / "user.py").write_text(
+        "import torch\n"
+        "from mio_ext import MIOLoss, PairStats, SigLIPLoss, mio_loss, siglip_loss\n"
+        "z = torch.randn(4, 3)\n"
+        "a: torch.Tensor = mio_loss(z, z, temperature=0.2)\n"
+        "b: tuple[torch.Tensor, PairStats] = mio_loss(z, z, return_stats=True)\n"
+        "c: torch.Tensor = siglip_loss(z, z, 10.0, torch.zeros(()), text_offset=0)\n"
+        "d: tuple[torch.Tensor, PairStats] = siglip_loss(z, z, 10.0, return_stats=True)\n"
+        "e: torch.Tensor = MIOLoss()(z, z)\n"
+        "f: str = mio_loss(z, z)  # wrong\n"
+        "g = mio_loss(z, z, temprature=0.5)  # wrong\n"
+    )
+    result = run_python("-m", "mypy", str(tmp_path / "user.py"), env={"MYPYPATH": str(ROOT)})
+    errors = [line for line in result.stdout.splitlines() if "error:" in line and "user.py" in line]
+    assert len(errors) == 2 and ":9: error: Incompatible types" in errors[0] and ":10: error: " in errors[1], result
+
+
 def test_readme_names_the_two_commands_first():
     commands = re.findall(r"^    (make \w+|python \S+|pip \S+)", README, re.MULTILINE)
     assert commands[:2] == ["make pretrain", "make test"]
