@@ -35,6 +35,20 @@ from .checks import Number
 from .reference import PairStats
 
 
+__all__ = [
+    "BatchNorm",
+    "GradientParts",
+    "LayerGradient",
+    "batch_norm_jacobian",
+    "displacement",
+    "gradient_parts",
+    "js_ceiling",
+    "js_estimate",
+    "layer_displacement",
+    "layer_gradient",
+]
+
+
 class GradientParts(NamedTuple):
     """∂L/∂z of the loss (6) in its three parts, each [2B, D]; a step of descent moves along their negatives."""
 

@@ -29,6 +29,14 @@ from .checks import Number
 from .losses import MIOOptions, SigLIPOptions
 from .reference import PairStats
 
+__all__ = [
+    "gather_rows",
+    "global_sum",
+    "mio_loss",
+    "place",
+    "siglip_loss",
+]
+
 Group = Any  #: a torch.distributed process group, None: the default one
 
 # torch 2.14 gave these their names and deprecated the old ones; a torch built without distribution has none.

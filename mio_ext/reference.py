@@ -52,6 +52,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "PairStats",
+    "mio_loss",
+    "normalized",
+    "pairwise_bce",
+    "siglip_loss",
+    "softplus",
+]
+
 #: Norms are clamped to this from below, as in ``torch.nn.functional.normalize``.
 EPS = 1e-12
 

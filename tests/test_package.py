@@ -116,6 +116,18 @@ def test_readme_figures_are_the_data():
     assert result.returncode == 0, result.stderr
 
 
+def test_the_api_page_is_the_docstrings():
+    """And so no public name is missing."""
+    result = run_python("docs/api.py", "--check")
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_looks_public_is():
+    for module in (mio_ext.distributed, mio_ext.reference, mio_ext.analysis):
+        own = [n for n, t in vars(module).items() if callable(t) and getattr(t, "__module__", "") == module.__name__]
+        assert [n for n in own if not n.startswith("_") and n not in module.__all__] == []
+
+
 def test_readme_links_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
