@@ -34,7 +34,6 @@ from .backends import choose_backend
 from .checks import Number
 from .reference import PairStats
 
-
 __all__ = [
     "BatchNorm",
     "GradientParts",
