@@ -18,6 +18,7 @@ import floor
 import loss
 import machine
 import report
+import report_loss
 import step as step_benchmark
 import tables
 
@@ -221,15 +222,59 @@ def test_data_file_comes_back_as_it_was(results):
 
 
 def test_report_shows_wins_losses_and_gaps(results):
-    text = tables.performance_loss()
+    text = report_loss.performance_loss()
     for line in (
         "| 4,096 | 128 | float32 | 2 ms | 25 % of 0.50 ms | 30 ms (15.0×) | 1.5 ms (**0.75×**) | out of memory |",
-        "| 8,192 | 128 | float32 | 2 s | 0 % of 0.50 ms | over budget | – | – |",
-        "in 1 of the 2 cases measured: MIO N = 4,096, D = 128, float32 (open_clip 0.75×).",
+        "| 8,192 | 128 | float32 | 2 s | 0.03 % of 0.50 ms | over budget | – | – |",
+        "in 1 of the 1 cases where anything else was timed: MIO N = 4,096, D = 128, float32 (open_clip 0.75×).",
         "| MIO | paper | – | – | – | 0 of 0 | 1 out of memory |",
     ):
         assert line in text
     assert "2 of 3 cases found a place" in text
+
+
+def test_report_of_a_gpu_has_both_backends_and_what_went_wrong(results):
+    """GPUs come first; our slower backend is a column with its ratio; of a peer timed twice the faster run counts."""
+    small, half = CASE._replace(dtype="bfloat16"), CASE._replace(dtype="float16")
+    head = {k: v for k, v in EXAMPLE.items() if k != "results"}
+    head |= {"device_type": "cuda", "device": "Test GPU", "host": "8 cores", "notes": ["A note."]}
+    head |= {"budget_seconds": None, "limits": LIMITS._asdict() | {"memory": None}, "over_budget": []}
+    rows = [row(small, "mio_ext cuda", 1.0), row(small, "mio_ext triton", 3.0)]
+    rows += [row(small, "siglip-kernel", ms) for ms in (0.8, 0.5, 0.7)]
+    rows += [row(half, name, None, "wrong", reason="unscaled") for name in ("mio_ext cuda", "mio_ext triton")]
+    machine.save(results / "benchmarks" / "results" / "test-gpu" / "loss.json", head, rows)
+    text = report_loss.performance_loss()
+    assert text.index("### Test GPU") < text.index("### Test CPU")
+    for line in (
+        "| MIO: N | D | type | mio_ext | floor reached | mio_ext triton | siglip-kernel |",
+        "| 4,096 | 128 | bf16 | 1 ms | 50 % of 0.50 ms | 3 ms (3.0×) | 0.50 ms (**0.50×**) |",
+        "| 4,096 | 128 | fp16 | wrong | – | wrong | – |",
+        "in 1 of the 1 cases where anything else was timed: MIO N = 4,096, D = 128, bf16 (siglip-kernel 0.50×).",
+        "2 cases, named on the command line.\n\nA note.",
+    ):
+        assert line in text, line
+    assert "| MIO | N = 4,096, D = 128 | 1 ms, 2 MB | 3 ms (3.0×), 2 MB | 0.50 ms (**0.50×**), 2 MB |" in (
+        report_loss.readme_loss()
+    )
+
+
+@pytest.mark.parametrize("path", [p for p in tables.data_files("loss") if "nvidia" in p.parent.name], ids=str)
+def test_committed_gpu_figures_are_reported_where_they_are_weak(path):
+    """Every peer that is faster, the slower of our backends, all notes, and what the kernels alone take."""
+    gpu, short = json.loads(path.read_text()), report_loss.readme_loss()
+    full = report_loss.loss_report(path)
+    assert gpu["notes"] and all(note in short and note in full for note in gpu["notes"])
+    faster = 0
+    for case, of_case in tables.by_case(gpu["results"]).items():
+        ours = tables.our_best(of_case)
+        for name, found in of_case.items():
+            if ours and found["status"] == "ok" and found["median_ms"] < ours["median_ms"]:
+                faster += 1
+                ratio = f"{found['median_ms'] / ours['median_ms']:.2f}×"
+                assert f"{tables.case_name(case)} ({name} {ratio})" in short and f"**{ratio}**" in full
+    assert faster == full.count("(**")
+    for kind, part in (("tests", "| triton | "), ("kernels", "| hopper | "), ("profile", "| registers a thread | ")):
+        assert (part in full) == path.with_name(f"{kind}.json").exists()
 
 
 def test_report_writes_page_and_plots_and_sees_what_went_stale(results, monkeypatch):
@@ -251,6 +296,16 @@ def test_an_empty_place_is_filled_and_its_neighbour_kept(monkeypatch):
     page = "".join(place.format(name, "{}") for name in ("one", "two"))
     assert report.rendered(page.format("", "")) == page.format("1\n", "2\n")
     assert report.rendered(page.format("a\nb\n", "c\n")) == page.format("1\n", "2\n")
+
+
+def test_help_and_check_write_nothing(results, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    for argument, status in (("--help", 0), ("--check", "page.md"), ("--chekc", 2)):
+        monkeypatch.setattr(sys, "argv", ["report.py", argument])
+        with pytest.raises(SystemExit) as stop:
+            report.main()
+        assert str(stop.value.code).startswith(str(status))
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
 
 
 def test_unknown_section_is_an_error():
