@@ -10,6 +10,7 @@ one that rose as much wants new data.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def compare(committed: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "loss.json"
         command = [sys.executable, str(ROOT / "benchmarks" / "loss.py"), "--cases", *CASES, "--output", str(output)]
@@ -73,9 +75,9 @@ def main() -> None:
             print(f"bench-check: benchmarks/loss.py gave no data (exit status {run.returncode})")
             return
         here = json.loads(output.read_text())
-    from machine import folder as folder_of
+    from machine import folder_name
 
-    path = committed_file(folder_of(here).name, here["device_type"])
+    path = committed_file(folder_name(here), here["device_type"])
     if path is None:
         print(f"bench-check: no committed data for a device of type {here['device_type']!r}; run: make bench")
         return

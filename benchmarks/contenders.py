@@ -204,13 +204,18 @@ def features(loss: str, rows: int, dim: int, dtype: torch.dtype, device: str, se
     return x.to(dtype), y.to(dtype)
 
 
-def step(function: Loss, leaves: tuple[Tensor, Tensor], scale: float, gradient: bool) -> Tensor:
-    """One training step's worth of loss: the value, and the gradients in ``leaves``; or the value alone."""
+def step(
+    function: Loss, leaves: tuple[Tensor, Tensor], scale: float, gradient: bool, loss_scale: float = 1.0
+) -> Tensor:
+    """One training step's worth of loss: the value, and the gradients in ``leaves``; or the value alone.
+
+    Gradients are ``loss_scale`` times as large: float16's flush to zero without it, as any training knows.
+    """
     if not gradient:
         with torch.no_grad():
             return function(*leaves, scale)
     for leaf in leaves:
         leaf.grad = None
     loss = function(*leaves, scale)
-    loss.backward()
+    (loss if loss_scale == 1 else loss.float() * loss_scale).backward()
     return loss.detach()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import datetime
@@ -23,7 +24,8 @@ import torch
 from mio_ext import __version__, ops
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"  #: committed
+SCRATCH = ROOT / "build" / "benchmarks"  #: ignored by git
 PACKAGES = ("torch", "triton", "open_clip_torch", "siglip-kernel", "lightly")
 
 
@@ -76,10 +78,21 @@ def facts(device: str) -> dict[str, Any]:
     return head | {"versions": versions | {p: v for p in PACKAGES if (v := version(p))}}
 
 
-def folder(head: dict[str, Any]) -> Path:
-    """benchmarks/results/<device>; threads are part of a CPU's name."""
+def folder_name(head: dict[str, Any]) -> str:
+    """Of the device; threads are part of a CPU's name."""
     name = head["device"] + (f" {head['threads']} threads" if "threads" in head else "")
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def output_path(parser: argparse.ArgumentParser, args: argparse.Namespace, head: dict[str, Any], name: str) -> Path:
+    """Where the data go: to ``--output``, else among the committed figures of this device.
+
+    With any option the run is a part of the benchmark or another one: those go to a folder that git ignores.
+    """
+    if args.output is not None:
+        return Path(args.output)
+    whole = all(value == parser.get_default(key) for key, value in vars(args).items())
+    return (RESULTS if whole else SCRATCH) / folder_name(head) / f"{name}.json"
 
 
 def save(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:

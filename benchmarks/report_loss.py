@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import report_kernels
 from tables import (
@@ -16,6 +15,7 @@ from tables import (
     Row,
     by_case,
     case_name,
+    case_order,
     data_files,
     is_ours,
     lines_of_table,
@@ -89,7 +89,7 @@ def loss_report(path: Path) -> str:
     for loss in LOSSES:
         mine = {c: v for c, v in sorted(cases.items(), key=case_order) if c[0] == loss}
         if mine:
-            parts.append("\n".join(time_table(loss, mine)))
+            parts.append("\n".join(lines_of_table(*time_table(loss, mine))))
     parts.append("Peak memory of a step beyond its inputs:")
     for loss in LOSSES:
         mine = {c: v for c, v in usual_cases(data, data["results"]).items() if c[0] == loss}
@@ -97,11 +97,6 @@ def loss_report(path: Path) -> str:
             parts.append("\n".join(memory_table(loss, mine)))
     parts += [not_measured(data), *data.get("notes", [])]
     return "\n\n".join([*parts, *report_kernels.sections(path.parent)])
-
-
-def case_order(item: tuple[tuple, Any]) -> tuple:
-    loss, rows, dim, dtype, direction = item[0]
-    return loss, direction != "both", list(SHORT).index(dtype), dim, rows
 
 
 def rates_text(data: Row) -> str:
@@ -153,7 +148,8 @@ def summary_table(cases: dict[tuple, dict[str, Row]]) -> list[str]:
     return lines_of_table(head, rows)
 
 
-def time_table(loss: str, cases: dict[tuple, dict[str, Row]]) -> list[str]:
+def time_table(loss: str, cases: dict[tuple, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): a case's time, its share of the floor, and how many times as long others take."""
     others = other_backends(cases)
     others += dict.fromkeys(n for contenders in cases.values() for n in contenders if not is_ours(n))
     name, letter = LOSSES[loss]
@@ -165,7 +161,7 @@ def time_table(loss: str, cases: dict[tuple, dict[str, Row]]) -> list[str]:
         what = SHORT[dtype] + (", forward" if direction == "forward" else "")
         rows.append([f"{n:,}", str(dim), what, time_cell(ours, None), share])
         rows[-1] += [time_cell(contenders.get(other), ours) for other in others]
-    return lines_of_table([f"{name}: {letter}", "D", "type", "mio_ext", "floor reached", *others], rows)
+    return [f"{name}: {letter}", "D", "type", "mio_ext", "floor reached", *others], rows
 
 
 def memory_table(loss: str, cases: dict[tuple, dict[str, Row]]) -> list[str]:

@@ -101,10 +101,22 @@ def lines_of_table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
+def text_table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """The same for a terminal."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
 def case_name(case: tuple) -> str:
     loss, rows, dim, dtype, direction = case
     name, letter = LOSSES[loss]
     return f"{name} {letter} = {rows:,}, D = {dim}, {SHORT[dtype]}" + (", forward" if direction == "forward" else "")
+
+
+def case_order(item: tuple[tuple, Any]) -> tuple:
+    loss, rows, dim, dtype, direction = item[0]
+    return loss, direction != "both", list(SHORT).index(dtype), dim, rows
 
 
 def time_cell(row: Row | None, ours: Row | None, memory: bool = False) -> str:

@@ -63,6 +63,54 @@ def test_a_failing_contender_is_written_down(monkeypatch):
     assert found == {"status": "failed", "reason": "ValueError: no such thing"}
 
 
+@pytest.mark.parametrize("largest", [1e-4, 3.0])
+def test_float16_is_judged_with_the_loss_scale_that_fits(largest):
+    """Gradients of 1e-9 flush to zero unscaled; those that overflow at 2^16 are halved until they do not."""
+    case = loss.Case("mio", 8, 4, "float16")
+    x, y = (t.requires_grad_() for t in contenders.features("mio", 8, 4, torch.float16, "cpu"))
+    weights = torch.linspace(largest / 1e5, largest, 16, dtype=torch.float64).view(4, 4)
+
+    def function(a, b, scale):
+        return ((a.double() + b.double()) * weights).sum()
+
+    def run(loss_scale):
+        return (x, y), contenders.step(function, (x, y), 1.0, True, loss_scale)
+
+    loss_scale, leaves, value = loss.scaled(case, run)
+    assert loss_scale == (2.0**16 if largest < 1 else 2.0**14)
+    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    true = contenders.step(function, wide, 1.0, True)
+    found = loss.distance(value, leaves, true, wide, loss_scale)
+    assert found["gradient_error"] < 1e-3 and found["loss_error"] < 1e-6
+    assert (
+        loss.scaled(case._replace(dtype="bfloat16"), run)[0]
+        == 1
+        == loss.scaled(case._replace(direction="forward"), run)[0]
+    )
+
+
+def test_float16_of_many_rows_is_right_with_a_loss_scale():
+    """The case the unscaled gradient of which is lost: N²·softplus' is below float16's smallest number."""
+    case = loss.Case("mio", 2048, 16, "float16")
+    found = loss.guarded_probe("mio_ext cpu", case, "cpu")
+    assert found["status"] == "ok" and found["loss_scale"] == 2.0**16 and found["gradient_error"] < 2e-3
+    leaves = loss.leaves_of(case, "cpu")
+    value = contenders.step(contenders.own("mio", "cpu"), leaves, contenders.SCALE["mio"], True)
+    assert loss.check_all_rows(value, leaves, case, "cpu", 1.0)["gradient_error"] > 2 * found["gradient_error"]
+
+
+@pytest.mark.parametrize("name", ["mio", "siglip"])
+def test_on_a_gpu_all_rows_are_judged_by_plain_pytorch(name, monkeypatch):
+    """A backend that is wrong on all rows, but not on the first few, is not its own judge."""
+    case = loss.Case(name, 40, 8)
+    leaves = loss.leaves_of(case, "cpu")
+    value = contenders.step(contenders.own(name, "reference"), leaves, contenders.SCALE[name], True)
+    monkeypatch.setattr(loss, "own", lambda *_: pytest.fail("asked our own backend"))
+    found = loss.check_all_rows(value, leaves, case, "cuda", 1.0)
+    assert max(found.values()) < 1e-5
+    assert loss.check_all_rows(1.1 * value, leaves, case, "cuda", 1.0)["loss_error"] == pytest.approx(0.1, rel=1e-3)
+
+
 # --- floor
 
 
@@ -166,7 +214,11 @@ def test_cases_are_the_whole_grid_the_usual_first(device):
     cases = loss.all_cases(device)
     assert len(cases) == len(set(cases)) == 2 * 9 * 6 * 3 * 2
     first = cases[:4]
-    assert {c.loss for c in first} == {"mio", "siglip"} and all(c.gradient and c.rows <= 1024 for c in first)
+    assert {c.loss for c in first} == {"mio", "siglip"} and all(c.gradient for c in first)
+    if device == "cpu":  # the cheapest first; a GPU's time is short, and the ends of the range say most
+        assert all(c.rows <= 1024 for c in first)
+    else:
+        assert {c.rows for c in first if c.loss == "mio"} == {256, 8192, 65_536}
     assert all(loss.parse_case(str(c)) == c for c in cases)
 
 
@@ -318,6 +370,72 @@ def test_pages_are_the_data_and_have_every_section():
     text = "".join((ROOT / page).read_text() for page in report.PAGES)
     for section in report.SECTIONS:
         assert text.count(f"<!-- {section}: benchmarks/report.py -->") == 1
+
+
+# --- where the data go
+
+
+def run_benchmark(module, argv, monkeypatch, tmp_path):
+    """The files that are there afterwards."""
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(machine, "SCRATCH", tmp_path / "build")
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *argv])
+    module.main()
+    return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_part_of_the_cases_leaves_the_committed_data_alone(monkeypatch, tmp_path, capsys):
+    argv = ["--cases", "mio:64:8", "--contenders", "mio_ext", "eager", "--seconds", "0.01"]
+    files = run_benchmark(loss, argv, monkeypatch, tmp_path)
+    assert {path.split("/")[0] for path in files} == {"build"}
+    assert {path.split("/")[-1] for path in files} == {"loss.json", "loss.csv"}  # the lines have become these
+    last = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert last[0].split()[:5] == ["MIO:", "N", "D", "type", "mio_ext"] and last[0].split()[-1] == "eager"
+    assert last[1].startswith("64") and "% of" in last[1] and last[1].endswith("×)")
+    files = run_benchmark(loss, [*argv, "--output", str(tmp_path / "mine" / "x.json")], monkeypatch, tmp_path)
+    assert {"mine/x.json", "mine/x.csv"} <= files
+
+
+def test_rows_are_on_disk_as_they_come(monkeypatch, tmp_path):
+    """Should a kernel hang, what was measured before is there."""
+    seen = []
+
+    def hang(case, *_):
+        for ms in (1.0, 2.0):
+            seen.append((tmp_path / "x.jsonl").read_text().splitlines())
+            yield row(case, "mio_ext cpu", ms, p20_ms=ms, p80_ms=ms, steps=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loss, "measure_case", hang)
+    monkeypatch.setattr(sys, "argv", ["loss.py", "--cases", "mio:64:8", "--output", str(tmp_path / "x.json")])
+    with pytest.raises(KeyboardInterrupt):
+        loss.main()
+    assert [len(lines) for lines in seen] == [0, 1]
+    assert [json.loads(line)["median_ms"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == [1.0, 2.0]
+
+
+def test_accuracy_ends_with_its_table(monkeypatch, tmp_path, capsys):
+    functions = {"eager": contenders.mio_eager}
+    monkeypatch.setattr(accuracy, "contenders", lambda *_: (functions, {}))
+    monkeypatch.setattr(accuracy, "LOSSES", ("mio",))
+    files = run_benchmark(accuracy, ["--rows", "32", "--dim", "8"], monkeypatch, tmp_path)
+    assert {path.split("/")[0] for path in files} == {"build"}
+    assert "MIO, N = 32, D = 8" in capsys.readouterr().out.split("\n\n")[-1]
+
+
+def test_only_the_whole_benchmark_writes_committed_data():
+    parser = loss.argparse.ArgumentParser()
+    parser.add_argument("--output")
+    parser.add_argument("--budget", type=float, default=660)
+    head = {"device": "A CPU", "threads": 2}
+    for argv, base in (
+        ([], machine.RESULTS),
+        (["--budget", "9"], machine.SCRATCH),
+        (["--budget", "660"], machine.RESULTS),
+    ):
+        path = machine.output_path(parser, parser.parse_args(argv), head, "loss")
+        assert path == base / "a-cpu-2-threads" / "loss.json"
+    assert machine.output_path(parser, parser.parse_args(["--output", "x.json"]), head, "loss").name == "x.json"
 
 
 # --- step, bench-check and accuracy
