@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+import torch
 
-import torch  # noqa: E402
-from contenders import LOSSES, NT_XENT, Loss, backends, contenders, features, own, step  # noqa: E402
-from machine import device_type, facts, output_path, save  # noqa: E402
-from report_steps import accuracy_tables  # noqa: E402
-from tables import text_table  # noqa: E402
+from benchmarks.harness.contenders import LOSSES, NT_XENT, Loss, backends, contenders, features, own, step
+from benchmarks.harness.machine import device_type, facts, output_path, save
+from benchmarks.harness.report_steps import accuracy_tables
+from benchmarks.harness.tables import text_table
 
 SCALES = {"mio": [1 / t for t in (0.01, 0.03, 0.1, 0.3, 1.0)], "siglip": [1.0, 3.0, 10.0, 30.0, 100.0]}
 DTYPES = ["float64", "float32", "bfloat16", "float16"]

@@ -18,10 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from tables import by_case, case_name, data_files, our_best  # noqa: E402
+from benchmarks.harness.machine import folder_name
+from benchmarks.harness.paths import ROOT
+from benchmarks.harness.tables import by_case, case_name, data_files, our_best
 
 CASES = ["mio:1024:128", "mio:8192:128", "siglip:1024:768", "siglip:4096:768"]
 PEERS = ("eager", "open_clip")  #: their code is fixed by torch's version, and nothing has to be compiled
@@ -75,8 +74,6 @@ def main() -> None:
             print(f"bench-check: benchmarks/loss.py gave no data (exit status {run.returncode})")
             return
         here = json.loads(output.read_text())
-    from machine import folder_name
-
     path = committed_file(folder_name(here), here["device_type"])
     if path is None:
         print(f"bench-check: no committed data for a device of type {here['device_type']!r}; run: make bench")

@@ -10,6 +10,8 @@ costs nothing but itself; the cheapest and most telling come first. Nothing is i
 not here is left out. As a part ends, a JSON line (part, rc, seconds, limit, what) is printed and added to parts.jsonl
 in the output folder, which has the part's whole output beside it, and its figures: a line a test, a row a case.
 
+benchmarks/collect.py makes the committed data of that folder.
+
 Exit status: 0 if every part that ran succeeded, 1 if one did not, 2 without a GPU.
 """
 
@@ -30,7 +32,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.harness.paths import ROOT
+
 NEEDED = ("torch", "setuptools", "pytest")
 LEFT_OUT = "left out"
 GRACE = 3.0  #: seconds between SIGTERM and SIGKILL
@@ -45,10 +48,8 @@ if torch.cuda.is_available():
     print(json.dumps({"device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}"}))
 """
 CARD = """
-import sys
-sys.path.insert(0, "benchmarks")
 import json
-from machine import facts
+from benchmarks.harness.machine import facts
 print(json.dumps(facts("cuda"), indent=1))
 """
 

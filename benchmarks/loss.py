@@ -31,12 +31,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1" if (os.cpu_count() or 1) < 8 else "8")
+import torch
 
-import torch  # noqa: E402
-from contenders import (  # noqa: E402
+from benchmarks.harness.contenders import (
     LOSSES,
     NT_XENT,
     SCALE,
@@ -45,19 +42,18 @@ from contenders import (  # noqa: E402
     contenders,
     exact,
     features,
-    is_ours,
     mio_chunks,
     own,
     siglip_chunks,
     step,
 )
-from floor import Rates, floor, measured_rates, work  # noqa: E402
-from machine import PeakMemory, device_type, facts, free_memory, output_path, proc_field, save  # noqa: E402
-from plan import Case, History, Limits, all_cases, parse_case  # noqa: E402
-from report_loss import time_table  # noqa: E402
-from tables import by_case, case_order, text_table  # noqa: E402
-
-from mio_ext import ops  # noqa: E402
+from benchmarks.harness.floor import Rates, floor, measured_rates, work
+from benchmarks.harness.machine import PeakMemory, device_type, facts, free_memory, output_path, proc_field, save
+from benchmarks.harness.paths import ROOT
+from benchmarks.harness.plan import Case, History, Limits, all_cases, parse_case
+from benchmarks.harness.report_loss import time_table
+from benchmarks.harness.tables import by_case, case_order, is_ours, text_table
+from mio_ext import ops
 
 CHECK_ROWS = 512  #: of the comparison with float64; the paper's form takes gigabytes beyond
 #: Relative error of loss and gradient that a contender may have. 16-bit logits, as peers have, get 16-bit room.
@@ -170,8 +166,9 @@ def guarded_probe(name: str, case: Case, device: str) -> dict[str, Any]:
 def child_context() -> Any:
     """Children are forked off a process that has imported everything and used no thread pool yet."""
     context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
-    context.set_forkserver_preload(["loss", "torch._dynamo", "torch._inductor.compile_fx", "open_clip", "lightly.loss"])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    compiler = ["torch._dynamo", "torch._inductor.compile_fx"]
+    context.set_forkserver_preload(["benchmarks.loss", *compiler, "open_clip", "lightly.loss"])
     return context  # a module that is not installed is passed over
 
 

@@ -19,12 +19,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import report_loss
-import report_steps
-import report_training
-from tables import PLOT_NAMES, ROOT, data_files
+from benchmarks.harness import report_loss, report_steps, report_training
+from benchmarks.harness.paths import ROOT
+from benchmarks.harness.tables import PLOT_NAMES, data_files
 
 PAGES = ("README.md", "docs/performance.md")
 PLOTS = "docs/plots"
@@ -87,7 +84,7 @@ def main() -> None:
     for page in PAGES:
         path = ROOT / page
         path.write_text(rendered(path.read_text()))
-    import plots
+    from benchmarks.harness import plots
 
     for path in data_files("loss"):
         plots.draw(json.loads(path.read_text()), ROOT / PLOTS, path.parent.name, data_hash(path))

@@ -14,26 +14,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import torch
 
-import torch  # noqa: E402
-from contenders import SCALE, Loss, contenders, is_ours, step  # noqa: E402
-from machine import device_type, facts, free_memory, output_path, save  # noqa: E402
-from report_steps import step_table  # noqa: E402
-from tables import text_table  # noqa: E402
-
-from train.augment import Preprocess, ViewRanges  # noqa: E402
-from train.config import Config  # noqa: E402
-from train.device import is_out_of_memory, use_bfloat16  # noqa: E402
-from train.model import build_model, resolve_stem  # noqa: E402
-from train.optimizer import parameter_groups  # noqa: E402
+from benchmarks.harness.contenders import SCALE, Loss, contenders, step
+from benchmarks.harness.machine import device_type, facts, free_memory, output_path, save
+from benchmarks.harness.report_steps import step_table
+from benchmarks.harness.tables import is_ours, text_table
+from train.augment import Preprocess, ViewRanges
+from train.config import Config
+from train.device import is_out_of_memory, use_bfloat16
+from train.model import build_model, resolve_stem
+from train.optimizer import parameter_groups
 
 BATCHES = [128, 256, 512, 1024, 2048, 4096]
 SHOWN = ("mio_ext", "eager", "torch.compile", "paper")  #: contenders of benchmarks/loss.py that take part

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu_check
-from gpu_check import Part, run_parts
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Part, run_parts
 
 FINE = "print('all is well')"
 DIES = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
@@ -170,9 +168,9 @@ def test_killed_from_outside_it_takes_its_part_along(tmp_path, monkeypatch):
     script.write_text(
         f"""
 import sys, pathlib
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import gpu_check
-from gpu_check import Part
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Part
 hangs = Part("hangs", "", 600, (sys.executable, "-c", {HANGS!r}, {str(pid)!r}))
 gpu_check.GRACE = 0.2
 gpu_check.parts = lambda *_: [hangs]

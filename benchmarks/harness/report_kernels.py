@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from tables import Row, lines_of_table, machine_line, milliseconds, source_line
+from benchmarks.harness.tables import Row, lines_of_table, machine_line, milliseconds, source_line
 
 #: Field of profile.json -> how a row is called and its figure written.
 PROFILE = {
@@ -50,7 +50,8 @@ def kernels_section(path: Path, data: Row) -> str:
     for r in data["results"]:
         direction = "" if r["direction"] == "both" else ", loss only"
         what = f"{r['arithmetic']}{direction}"
-        share = f"{100 * r['floor_ms'] / r['median_ms']:.0f} % of {milliseconds(r['floor_ms'])}"
+        floor = r["floor_ms"]
+        share = f"{100 * floor / r['median_ms']:.0f} % of {milliseconds(floor)}" if floor else "–"
         cells = [f"{r['rows']:,}", str(r["dim"]), what, r["kernel"], milliseconds(r["median_ms"])]
         rows.append([*cells, f"{r['tflops']:.0f}", share])
     head = ["MIO: N", "D", "arithmetic", "kernel", "time", "TFLOP/s", "floor reached (2 units)"]
@@ -62,6 +63,8 @@ def profile_section(path: Path, data: Row) -> str:
     """A kernel a column."""
     kernels = data["results"]
     head = ["", *(f"{k['kernel']}, N = {k['rows']:,}, D = {k['dim']}, {k['arithmetic']}" for k in kernels)]
-    rows = [[name, *(form.format(k[key]) for k in kernels)] for key, (name, form) in PROFILE.items()]
+    rows = [
+        [name, *(form.format(k[key]) if key in k else "–" for k in kernels)] for key, (name, form) in PROFILE.items()
+    ]
     text = f"A profile. {machine_line(data)}; {source_line(path, data)}. {' '.join(data['notes'])}"
     return "\n".join([text, "", *lines_of_table(head, rows)])

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mio_ext import mio_loss, ops, siglip_loss
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1" if (os.cpu_count() or 1) < 8 else "8")
 # What the compiler says about itself and about a toolkit it does not need.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -152,10 +154,6 @@ def nt_xent() -> Loss:
     from lightly.loss import NTXentLoss
 
     return lambda x, y, scale: NTXentLoss(temperature=1 / scale)(x, y)
-
-
-def is_ours(name: str) -> bool:
-    return name.startswith("mio_ext")
 
 
 def backends(device: str) -> list[str]:

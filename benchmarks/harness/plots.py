@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from tables import LOSSES, is_ours, main_type, other_backends, our_best, usual_cases
+
+from benchmarks.harness.tables import LOSSES, is_ours, main_type, other_backends, our_best, usual_cases
 
 #: Colour (Okabe and Ito's, safe for the colour-blind), marker and dashes: told apart in black and white as well.
 STYLE = {

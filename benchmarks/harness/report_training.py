@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tables
+from benchmarks.harness import tables
 
 
 def readme_digits() -> str:

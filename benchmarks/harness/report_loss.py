@@ -7,8 +7,8 @@ import json
 import math
 from pathlib import Path
 
-import report_kernels
-from tables import (
+from benchmarks.harness import report_kernels
+from benchmarks.harness.tables import (
     LOSSES,
     PLOT_NAMES,
     SHORT,
@@ -186,6 +186,6 @@ def not_measured(data: Row) -> str:
             "the others are listed as `over_budget` in the data file."
         )
     else:
-        text += f"; {done} cases, named on the command line."
+        text += f"; {done} cases."
     skipped = "; ".join(f"{name}: {reason}" for name, reason in data["skipped"].items())
     return f"{text} Not taking part: {skipped}." if skipped else text

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.harness.paths import RESULTS, ROOT
+
 PLOT_NAMES = ("time", "memory", "share", "speedup")  #: plots.py draws one of each per device
 LOSSES = {"mio": ("MIO", "N"), "siglip": ("SigLIP", "B")}
 SHORT = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16", "float64": "float64"}

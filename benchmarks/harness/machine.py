@@ -21,11 +21,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.paths import RESULTS, ROOT, SCRATCH
 from mio_ext import __version__, ops
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"  #: committed
-SCRATCH = ROOT / "build" / "benchmarks"  #: ignored by git
 PACKAGES = ("torch", "triton", "open_clip_torch", "siglip-kernel", "lightly")
 
 
@@ -70,7 +68,7 @@ def facts(device: str) -> dict[str, Any]:
     if device == "cuda":
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
         head |= {"device": torch.cuda.get_device_name(), "driver": driver[0] if driver else None}
-        head |= {"cuda": torch.version.cuda}
+        head |= {"cuda": torch.version.cuda, "host": f"{os.cpu_count()} × {processor()}"}
     else:
         head |= {"device": processor(), "driver": f"{platform.system()} {platform.release()}"}
         head |= {"threads": torch.get_num_threads(), "instruction_set": ops.extension.cpu_instruction_set()}

@@ -7,7 +7,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tables import LOSSES, SHORT, Row, data_files, lines_of_table, machine_line, milliseconds, source_line
+from benchmarks.harness.tables import (
+    LOSSES,
+    SHORT,
+    Row,
+    data_files,
+    lines_of_table,
+    machine_line,
+    milliseconds,
+    source_line,
+)
 
 
 def performance_step() -> str:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.harness.paths import ROOT
+
 CPU_LIBRARY_SIZE, GPU_LIBRARY_SIZE = 2048, 8192  #: rows of the library's product
 CPU_COPY_BYTES, GPU_COPY_BYTES = 2**27, 2**30
 
@@ -110,7 +111,7 @@ def gpu_rates(dtype: torch.dtype) -> Rates:
         matrix = max(library, library_rate("cuda", GPU_LIBRARY_SIZE, torch.float16) / 3)
     bandwidth = copy_rate("cuda", GPU_COPY_BYTES)
     torch.cuda.empty_cache()
-    from gpu_rates import exponentials
+    from benchmarks.harness.gpu_rates import exponentials
 
     count, run = exponentials()
     return Rates(matrix, library, None, count / best_of(5, run, cuda=True), bandwidth)

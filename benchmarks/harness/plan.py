@@ -8,7 +8,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from contenders import LOSSES, is_ours
+
+from benchmarks.harness.contenders import LOSSES
+from benchmarks.harness.tables import is_ours
 
 ROWS = [256, 1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144]  # N = 2 B of MIO, B of SigLIP
 DIMS = [64, 128, 256, 512, 768, 1152]
