@@ -53,7 +53,7 @@ def measure(loss: str, dtype: str, rows: int, dim: int, device: str) -> list[dic
         x, y = features(loss, rows, dim, getattr(torch, dtype), device)
         wide = (x.double().requires_grad_(), y.double().requires_grad_())
         true = step(own(loss, "reference"), wide, scale, gradient=True)
-        gradient = torch.cat([leaf.grad.flatten() for leaf in wide])
+        gradient = torch.cat([leaf.grad.flatten() for leaf in wide if leaf.grad is not None])
         for name, function in functions.items():
             leaves = (x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_())
             row = {"loss": loss, "scale": round(scale, 4), "rows": rows, "dim": dim, "dtype": dtype, "contender": name}

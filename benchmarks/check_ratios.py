@@ -20,14 +20,14 @@ from typing import Any
 
 from benchmarks.harness.machine import folder_name
 from benchmarks.harness.paths import ROOT
-from benchmarks.harness.tables import by_case, case_name, data_files, our_best
+from benchmarks.harness.tables import CaseKey, by_case, case_name, data_files, our_best
 
 CASES = ["mio:1024:128", "mio:8192:128", "siglip:1024:768", "siglip:4096:768"]
 PEERS = ("eager", "open_clip")  #: their code is fixed by torch's version, and nothing has to be compiled
 TOLERANCE = 1.5
 
 
-def ratios(data: dict[str, Any]) -> dict[tuple, float]:
+def ratios(data: dict[str, Any]) -> dict[tuple[CaseKey, str], float]:
     """(case, peer) -> how many times as long as we take."""
     found = {}
     for case, contenders in by_case(data["results"]).items():

@@ -45,7 +45,7 @@ TO_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 def head_of(folder: Path) -> dict[str, Any]:
     """The head of all data files, from the part `card`."""
     text = (folder / "card.txt").read_text()
-    head = json.JSONDecoder().raw_decode(text, text.index("{\n"))[0]
+    head: dict[str, Any] = json.JSONDecoder().raw_decode(text, text.index("{\n"))[0]
     return head | {"command": "python benchmarks/gpu_check.py", "n": 1}
 
 
@@ -136,7 +136,7 @@ def main() -> int:
     head = head_of(args.folder)
     output = args.output or RESULTS / folder_name(head)
     limits = {"seconds": 0.3, "step": 6, "memory": None}
-    of_loss = {"limits": limits, "budget_seconds": None, "skipped": {}, "over_budget": []}
+    of_loss: dict[str, Any] = {"limits": limits, "budget_seconds": None, "skipped": {}, "over_budget": []}
     of_loss["notes"] = [
         "One run of one card (n = 1), in several processes one after the other (`run` of a row); of what was timed in "
         "several of them the fastest counts."

@@ -206,7 +206,7 @@ def run_part(part: Part, log: Path, limit: float) -> dict[str, Any]:
 
 def run_group(part: Part, log: Path, limit: float) -> tuple[int | None, str]:
     """(exit status, what became of it). Whatever the command has started is gone afterwards."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | part.environment
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(part.environment)
     with log.open("wb") as file:
         try:
             process = subprocess.Popen(

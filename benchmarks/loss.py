@@ -103,7 +103,8 @@ def check(name: str, function: Loss, case: Case, device: str) -> dict[str, float
         return leaves, step(function, leaves, SCALE[case.loss], case.gradient, loss_scale)
 
     loss_scale, _, value = scaled(case, run)
-    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    x, y = leaves
+    wide = (x.detach().double().requires_grad_(), y.detach().double().requires_grad_())
     true = step(exact(case.loss, name, device), wide, SCALE[case.loss], True)
     return distance(value, leaves, true, wide, loss_scale)
 
@@ -192,7 +193,7 @@ def isolated_probe(name: str, case: Case, limits: Limits, left: float) -> dict[s
         receiver.recv()
         if not receiver.poll(seconds):
             return {"status": "over budget", "reason": f"a step takes more than {seconds:.0f} s"}
-        result = receiver.recv()
+        result: dict[str, Any] = receiver.recv()
         process.join(5)
         return result
     except EOFError:
@@ -214,7 +215,7 @@ def time_step(function: Any, leaves: Any, case: Case, flush: torch.Tensor | None
     step(function, leaves, SCALE[case.loss], case.gradient, loss_scale)
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e-3
+    return 1e-3 * float(start.elapsed_time(end))
 
 
 def interleaved(

@@ -108,19 +108,22 @@ def siglip_chunks(x: Tensor, y: Tensor, scale: float) -> Tensor:
         return F.softplus(logits).sum() - positive.sum()
 
     parts = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
-    return sum(checkpoint(block, *part, use_reentrant=False) for part in parts) / len(x)
+    return torch.stack([checkpoint(block, *part, use_reentrant=False) for part in parts]).sum() / len(x)
 
 
-def compiled(function: Callable) -> Loss:
+def compiled(function: Callable[..., Tensor]) -> Loss:
     """torch.compile for one shape; the scale goes in as a tensor, or every value would be compiled anew."""
     compiled_function = torch.compile(function, dynamic=False)
     return lambda x, y, scale: compiled_function(x, y, torch.full((), scale, device=x.device))
 
 
 def own(loss: str, backend: str) -> Loss:
-    if loss == "mio":
-        return lambda x, y, scale: mio_loss(x, y, temperature=1 / scale, backend=backend)
-    return lambda x, y, scale: siglip_loss(x, y, scale, BIAS, backend=backend)
+    def loss_of(x: Tensor, y: Tensor, scale: float) -> Tensor:
+        if loss == "mio":
+            return mio_loss(x, y, temperature=1 / scale, backend=backend)  # type: ignore[return-value]
+        return siglip_loss(x, y, scale, BIAS, backend=backend)  # type: ignore[return-value]
+
+    return loss_of
 
 
 def exact(loss: str, name: str, device: str) -> Loss:
@@ -145,7 +148,8 @@ def siglip_kernel() -> Loss:
 
     def loss(x: Tensor, y: Tensor, scale: float) -> Tensor:
         log_scale, bias = torch.tensor([math.log(scale), BIAS], device=x.device).unbind()
-        return fused_siglip_loss(x, y, log_scale, bias)
+        value: Tensor = fused_siglip_loss(x, y, log_scale, bias)
+        return value
 
     return loss
 

@@ -151,12 +151,12 @@ def best_of(times: int, function: Callable[[], Any], cuda: bool = False) -> floa
 def native_loops() -> ctypes.CDLL | None:
     """rates.cpp, compiled for this machine into build/; None without a compiler."""
     compiler = shutil.which("c++")
+    if compiler is None:
+        return None
     source = Path(__file__).with_name("rates.cpp")
     command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-pthread", "-shared", "-fPIC"]
     key = hashlib.sha256(source.read_bytes() + str(command).encode()).hexdigest()[:12]
     target = ROOT / "build" / f"rates-{key}.so"
-    if compiler is None:
-        return None
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         subprocess.run([*command, str(source), "-o", str(target)], check=True)

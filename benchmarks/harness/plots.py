@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.harness.tables import LOSSES, is_ours, main_type, other_backends, our_best, usual_cases
+from benchmarks.harness.tables import LOSSES, Cases, is_ours, main_type, other_backends, our_best, usual_cases
 
 #: Colour (Okabe and Ito's, safe for the colour-blind), marker and dashes: told apart in black and white as well.
 STYLE = {
@@ -61,7 +61,7 @@ def draw(data: dict[str, Any], folder: Path, name: str, data_hash: str) -> None:
             plt.close(figure)
 
 
-def panel(axis: Axes, loss: str, cases: dict[tuple, dict[str, Any]], kind: str, value: Value) -> None:
+def panel(axis: Axes, loss: str, cases: Cases, kind: str, value: Value) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     floor = []
     second = other_backends(cases)

@@ -12,6 +12,7 @@ from benchmarks.harness.tables import (
     LOSSES,
     PLOT_NAMES,
     SHORT,
+    Cases,
     Row,
     by_case,
     case_name,
@@ -120,7 +121,7 @@ def span(values: list[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def summary_table(cases: dict[tuple, dict[str, Row]]) -> list[str]:
+def summary_table(cases: Cases) -> list[str]:
     """Per contender and loss: over all cases, how many times as long as ours."""
     ratios: dict[tuple[str, str], list[float]] = {}
     missing: dict[tuple[str, str], dict[str, int]] = {}
@@ -148,7 +149,7 @@ def summary_table(cases: dict[tuple, dict[str, Row]]) -> list[str]:
     return lines_of_table(head, rows)
 
 
-def time_table(loss: str, cases: dict[tuple, dict[str, Row]]) -> tuple[list[str], list[list[str]]]:
+def time_table(loss: str, cases: Cases) -> tuple[list[str], list[list[str]]]:
     """(head, rows): a case's time, its share of the floor, and how many times as long others take."""
     others = other_backends(cases)
     others += dict.fromkeys(n for contenders in cases.values() for n in contenders if not is_ours(n))
@@ -156,15 +157,14 @@ def time_table(loss: str, cases: dict[tuple, dict[str, Row]]) -> tuple[list[str]
     rows = []
     for (_, n, dim, dtype, direction), contenders in cases.items():
         ours = our_row(contenders)
-        timed = ours is not None and ours["status"] == "ok"
-        share = f"{percent(ours['share'])} of {milliseconds(ours['floor_ms'])}" if timed else "–"
+        share = f"{percent(ours['share'])} of {milliseconds(ours['floor_ms'])}" if ours and "share" in ours else "–"
         what = SHORT[dtype] + (", forward" if direction == "forward" else "")
         rows.append([f"{n:,}", str(dim), what, time_cell(ours, None), share])
         rows[-1] += [time_cell(contenders.get(other), ours) for other in others]
     return [f"{name}: {letter}", "D", "type", "mio_ext", "floor reached", *others], rows
 
 
-def memory_table(loss: str, cases: dict[tuple, dict[str, Row]]) -> list[str]:
+def memory_table(loss: str, cases: Cases) -> list[str]:
     others = other_backends(cases)
     others += dict.fromkeys(n for contenders in cases.values() for n in contenders if not is_ours(n))
     rows = []

@@ -32,7 +32,7 @@ def step_report(path: Path) -> str:
 
 def step_table(results: list[Row]) -> tuple[list[str], list[list[str]]]:
     """(head, rows)"""
-    cases: dict[tuple, dict[str, Row]] = {}
+    cases: dict[tuple[str, int, int], dict[str, Row]] = {}
     for row in results:
         cases.setdefault((row["model"], row["image_size"], row["batch"]), {})[row["contender"]] = row
     names = list(dict.fromkeys(n for contenders in cases.values() for n in contenders))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from benchmarks.harness import tables
+from benchmarks.harness.paths import ROOT
 
 
 def readme_digits() -> str:
@@ -19,7 +20,7 @@ def digits_table(path: Path) -> str:
     lines = [
         f"`python train/pretrain.py`: ResNet-18 on scikit-learn's digits, {data['config']['epochs']} epochs, "
         f"seed {data['config']['seed']}; accuracy in % on the held-out test split, "
-        f"few-label columns mean ± std over the same random draws; data in `{path.relative_to(tables.ROOT)}`.",
+        f"few-label columns mean ± std over the same random draws; data in `{path.relative_to(ROOT)}`.",
         "",
         "| encoder | linear, 2 labels a class | 10 labels a class | all labels | 20-NN |",
         "|---|---|---|---|---|",
@@ -43,7 +44,7 @@ def cifar_table(path: Path) -> str:
         f"CIFAR-10 (JPEG): the {mio['images']:,} training images re-encoded as JPEG, {mio['config']['epochs']} epochs "
         f"at a setting small enough for a CPU ({mio['cpu_seconds'] / 60:.0f} minutes of one core), one run each, "
         f"seed {mio['config']['seed']} (n = 1), SimCLR with the same views, network and schedule; accuracy in % on "
-        f"10,000 test images. `{mio['command']}`, data in `{path.relative_to(tables.ROOT)}`.",
+        f"10,000 test images. `{mio['command']}`, data in `{path.relative_to(ROOT)}`.",
         "",
         "| encoder | linear, 1 % of the labels | 10 % | all labels | 20-NN |",
         "|---|---|---|---|---|",

@@ -16,6 +16,8 @@ LOSSES = {"mio": ("MIO", "N"), "siglip": ("SigLIP", "B")}
 SHORT = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16", "float64": "float64"}
 
 Row = dict[str, Any]
+CaseKey = tuple[Any, ...]  #: the values of CASE
+Cases = dict[CaseKey, dict[str, Row]]  #: contender -> row
 CASE = ("loss", "rows", "dim", "dtype", "direction")
 
 
@@ -29,9 +31,9 @@ def data_files(kind: str) -> list[Path]:
     return sorted(files, key=lambda path: json.loads(path.read_text()).get("device_type") != "cuda")
 
 
-def by_case(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
+def by_case(rows: Iterable[Row]) -> Cases:
     """case -> contender -> row, in the order of the file; of a contender timed twice, the faster run."""
-    cases: dict[tuple, dict[str, Row]] = {}
+    cases: Cases = {}
     for row in rows:
         contenders = cases.setdefault(tuple(row[k] for k in CASE), {})
         known = contenders.get(row["contender"], row)
@@ -50,7 +52,7 @@ def our_row(contenders: dict[str, Row]) -> Row | None:
     return our_best(contenders) or next((r for name, r in contenders.items() if is_ours(name)), None)
 
 
-def other_backends(cases: dict[tuple, dict[str, Row]]) -> list[str]:
+def other_backends(cases: Cases) -> list[str]:
     """Our backends, but for the one that is the fastest most often."""
     names = [n for contenders in cases.values() for n in contenders if is_ours(n)]
     best = [ours["contender"] for contenders in cases.values() if (ours := our_best(contenders))]
@@ -108,13 +110,13 @@ def text_table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def case_name(case: tuple) -> str:
+def case_name(case: CaseKey) -> str:
     loss, rows, dim, dtype, direction = case
     name, letter = LOSSES[loss]
     return f"{name} {letter} = {rows:,}, D = {dim}, {SHORT[dtype]}" + (", forward" if direction == "forward" else "")
 
 
-def case_order(item: tuple[tuple, Any]) -> tuple:
+def case_order(item: tuple[CaseKey, Any]) -> CaseKey:
     loss, rows, dim, dtype, direction = item[0]
     return loss, direction != "both", list(SHORT).index(dtype), dim, rows
 
@@ -124,14 +126,14 @@ def time_cell(row: Row | None, ours: Row | None, memory: bool = False) -> str:
     if row is None:
         return "–"
     if row["status"] != "ok":
-        return row["status"]
+        return str(row["status"])
     text = milliseconds(row["median_ms"])
     if ours is not None and ours["status"] == "ok" and row is not ours:
         text += f" ({times(row['median_ms'] / ours['median_ms'])})"
     return text + (f", {size(row['peak_bytes'])}" if memory else "")
 
 
-def usual_cases(data: Row, rows: list[Row], sizes: tuple[int, ...] | None = None) -> dict[tuple, dict[str, Row]]:
+def usual_cases(data: Row, rows: list[Row], sizes: tuple[int, ...] | None = None) -> Cases:
     """Forward + backward over N in the main type, each loss at its most measured D."""
     cases = {c: v for c, v in by_case(rows).items() if c[4] == "both" and c[3] == main_type(data)}
     dims = {loss: [c[2] for c in cases if c[0] == loss] for loss in LOSSES}
