@@ -149,7 +149,7 @@ def main() -> int:
         ("tests", {"cpp_test": cpp_test(args.folder)}, test_rows(args.folder)),
     ):
         if rows:
-            save(output / f"{kind}.json", head | more, rows)
+            save(output / f"{kind}.json", head | more, rows, as_csv=kind == "loss")
         else:
             print(f"no {kind}: left as it was")
     return 0

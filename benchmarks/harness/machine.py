@@ -93,12 +93,15 @@ def output_path(parser: argparse.ArgumentParser, args: argparse.Namespace, head:
     return (RESULTS if whole else SCRATCH) / folder_name(head) / f"{name}.json"
 
 
-def save(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """``path`` as JSON, a row to a line, and its rows again as CSV beside it."""
+def save(path: Path, head: dict[str, Any], rows: list[dict[str, Any]], as_csv: bool = True) -> None:
+    """``path`` as JSON, a row to a line, and its rows again as CSV beside it, for whoever likes a spreadsheet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     lines += [' "results": [', ",\n".join("  " + json.dumps(row) for row in rows), " ]"]
     path.write_text("\n".join(["{", *lines, "}"]) + "\n")
+    if not as_csv:
+        print(f"wrote {path}")
+        return
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()

@@ -55,7 +55,8 @@ def readme_loss_table(path: Path) -> str:
         rows.append([name, f"{letter} = {n:,}, D = {dim}", time_cell(ours, None, memory=True), *cells])
     text = f"{machine_line(data)}. {main_type(data)}, forward + backward, medians; {source_line(path, data)}."
     table = lines_of_table(["loss", "size", "mio_ext", *names], rows)
-    return "\n".join([text, "", *table, "", " ".join([losses(data), *data.get("notes", [])])])
+    notes = [f"- {note}" for note in data.get("notes", [])]
+    return "\n".join([text, "", *table, "", losses(data), *(["", *notes] if notes else [])])
 
 
 def losses(data: Row) -> str:
@@ -96,7 +97,8 @@ def loss_report(path: Path) -> str:
         mine = {c: v for c, v in usual_cases(data, data["results"]).items() if c[0] == loss}
         if mine:
             parts.append("\n".join(memory_table(loss, mine)))
-    parts += [not_measured(data), *data.get("notes", [])]
+    notes = "\n".join(f"- {note}" for note in data.get("notes", []))
+    parts += [not_measured(data), *([notes] if notes else [])]
     return "\n\n".join([*parts, *report_kernels.sections(path.parent)])
 
 
