@@ -66,7 +66,7 @@ def loss_rows(folder: Path) -> list[dict[str, Any]]:
 
 def kernel_rows(folder: Path) -> list[dict[str, Any]]:
     rows, size = [], (0, 0)
-    for path in sorted(folder.glob("kernels-*k-*.txt")):
+    for path in sorted(folder.glob("bench-*.txt")):
         for line in path.read_text(errors="replace").splitlines():
             if found := SIZE.fullmatch(line):
                 size = int(found[1]), int(found[2])
@@ -118,11 +118,15 @@ def test_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def cpp_test(folder: Path) -> str:
-    """The last line of the C++ test, and what failed in it."""
-    path = folder / "kernels.txt"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    failed = [line for line in lines if line.startswith("FAILED")]
-    return "pairwise_bce_cuda_test: " + ("; ".join([*lines[-1:], *failed]) or "not run")
+    """Of every family of kernels the last line of its C++ test, and what failed in it."""
+    found = []
+    for path in sorted(folder.glob("kernels-*.txt")):
+        lines = path.read_text(errors="replace").splitlines()
+        if path.stem == "kernels-build" or not lines:
+            continue
+        failed = [line for line in lines[:-1] if "FAILED" in line]
+        found.append(f"{path.stem.removeprefix('kernels-')}: {'; '.join([lines[-1], *failed])}")
+    return "pairwise_bce_cuda_test: " + (". ".join(found) or "not run")
 
 
 def main() -> int:

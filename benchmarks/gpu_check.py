@@ -106,11 +106,15 @@ def correctness(capability: str, output: Path) -> list[Part]:
         Part("check", "every backend against float64; which one auto takes", 90, (python, "-m", "mio_ext", "check")),
         Part("kernels-build", "the C++ test and microbenchmark", 180, ("sh", "-c", f"{configure} && {compile_both}"),
              missing=without("cmake", "nvcc")),
-        Part("kernels", "the C++ test of the CUDA kernels", 60, (test,), missing=without(test)),
     ]  # fmt: skip
+    families = {"hopper": ["--hopper", "1"]} if capability == "9.0" else {}
+    families |= {kind: ["--hopper", "0", "--kind", kind] for kind in ("bf16", "fp16", "tf32", "fp16x3")}
+    for family, options in families.items():  # one that traps costs its own cases only
+        what = f"the C++ test of the kernels, {family}"
+        found.append(Part(f"kernels-{family}", what, 30, (test, *options), missing=without(test)))
     for d, n in ((128, 65_536), (64, 65_536), (256, 65_536), (128, 8192)):
         command = (bench, "--n", str(n), "--d", str(d))
-        name = f"kernels-{n // 1024}k-{d}"
+        name = f"bench-{n // 1024}k-{d}"
         found.append(Part(name, f"microbenchmark at N = {n:,}, D = {d}", 20, command, missing=without(bench)))
     for backend in ("cuda", "triton"):
         files = ("tests/test_backends_gpu.py", f"tests/test_{backend}_gpu.py")

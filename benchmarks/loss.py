@@ -26,7 +26,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -219,24 +219,32 @@ def time_step(function: Any, leaves: Any, case: Case, flush: torch.Tensor | None
 
 
 def interleaved(
-    case: Case, loss_scales: dict[str, float], warm: list[str], device: str, seconds: float
+    case: Case,
+    names: list[str],
+    warm: list[str],
+    device: str,
+    seconds: float,
+    loss_scales: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
-    """Times of the steps of every contender in ``loss_scales``, in turns, until it has had ``seconds`` and MIN_STEPS.
+    """Times of every contender's steps, in turns; each goes on until it has had ``seconds`` and MIN_STEPS.
 
     Those in ``warm`` run once or twice before.
     """
     functions = contenders(case.loss, device)[0]
     leaves = leaves_of(case, device)
     flush = torch.empty(2**28, dtype=torch.int8, device=device) if device == "cuda" else None
-    times: dict[str, list[float]] = {name: [] for name in loss_scales}
+    times: dict[str, list[float]] = {name: [] for name in names}
+
+    def seconds_of(name: str) -> float:
+        return time_step(functions[name], leaves, case, flush, (loss_scales or {}).get(name, 1.0))
+
     for name in warm:
-        first = time_step(functions[name], leaves, case, flush, loss_scales[name])  # warm-up
-        if first < 0.1:
-            time_step(functions[name], leaves, case, flush, loss_scales[name])
-    running = list(loss_scales)
+        if seconds_of(name) < 0.1:
+            seconds_of(name)
+    running = list(names)
     while running:
         for name in running:
-            times[name].append(time_step(functions[name], leaves, case, flush, loss_scales[name]))
+            times[name].append(seconds_of(name))
         running = [
             n for n in running if len(times[n]) < MIN_STEPS or (sum(times[n]) < seconds and len(times[n]) < MAX_STEPS)
         ]
@@ -261,9 +269,10 @@ def measure_case(
         found[name] = refused or result
         if device == "cuda":
             torch.cuda.empty_cache()
-    timed = {n: row["loss_scale"] for n, row in found.items() if row["status"] == "ok" and row["seconds"] <= LONG}
+    timed = [n for n, row in found.items() if row["status"] == "ok" and row["seconds"] <= LONG]
+    loss_scales = {n: found[n]["loss_scale"] for n in timed}
     warm = [n for n in timed if n == "torch.compile" or found[n]["seconds"] < COLD]
-    times = interleaved(case, timed, warm, device, limits.seconds) if timed else {}
+    times = interleaved(case, timed, warm, device, limits.seconds, loss_scales) if timed else {}
     rates = measured_rates(device, getattr(torch, case.dtype))
     for name, row in found.items():
         yield report_row(case, name, row, times.get(name), rates, device)

@@ -288,9 +288,9 @@ def test_what_gpu_check_left_becomes_data_and_pages(results, monkeypatch, tmp_pa
             "why": "('/home/me/a.py', 1, 'Skipped: one GPU')",
         },
     ]
-    files = {"card.txt": CARD, "loss-cuda.json": whole, "loss-peers.jsonl": cut, "kernels-64k-128.txt": KERNELS}
+    files = {"card.txt": CARD, "loss-cuda.json": whole, "loss-peers.jsonl": cut, "bench-64k-128.txt": KERNELS}
     files |= {"profile.txt": NCU, "tests-cuda.jsonl": "".join(json.dumps(t) + "\n" for t in tests)}
-    files |= {"kernels.txt": "FAILED tf32: nan is lost\n1 failures in 228 cases\n"}
+    files |= {"kernels-tf32.txt": "tf32 nan: is lost FAILED\n1 failures in 40 cases\n", "kernels-build.txt": "x"}
     for name, text in files.items():
         (folder / name).write_text(text)
     monkeypatch.setattr(collect, "RESULTS", tmp_path / "benchmarks" / "results")
@@ -309,7 +309,12 @@ def test_what_gpu_check_left_becomes_data_and_pages(results, monkeypatch, tmp_pa
     assert [r["why"] for r in found["tests"]["results"]] == ["assert 5 <= 4", "Skipped: one GPU"]
     assert all(data["commit"] == "abc" and data["n"] == 1 for data in found.values())
     text = report_loss.performance_loss()
-    for part in ("| cuda | 0 | 1 | 1 |", "| bf16 | hopper | 4.56 ms | 483 | – |", "siglip-kernel 0.50×", "FAILED tf32"):
+    for part in (
+        "| cuda | 0 | 1 | 1 |",
+        "| bf16 | hopper | 4.56 ms | 483 | – |",
+        "siglip-kernel 0.50×",
+        "tf32: 1 failures in 40 cases; tf32 nan: is lost FAILED",
+    ):
         assert part in text
     (folder / "card.txt").unlink()
     assert collect.main() == 2
