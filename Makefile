@@ -13,7 +13,7 @@ help:
 	@echo "make lint       ruff, clang-format and mypy        make format   let them mend what they can"
 	@echo "make cpp        the kernels as a C++ library, their C++ test and microbenchmark (CMake)"
 	@echo "make package    sdist and wheel, installed into an empty folder and imported"
-	@echo "make gpu-check  on a GPU, with the system's own packages: build, gpu tests, GPU benchmark (PYTHON=python3)"
+	@echo "make gpu-check  on a GPU, with the system's own packages: build, tests, benchmarks, profile, training; 10 minutes"
 	@echo "make bench      the data behind the figures, about 20 minutes, then README.md and docs/performance.md from it"
 	@echo "make bench-check  are we still as far ahead of others as the committed data say? informs only"
 
@@ -73,19 +73,9 @@ bench: build
 bench-check: build
 	$(BIN)/python benchmarks/check_ratios.py
 
-# Nothing is installed: what the system's Python lacks is said, and that is that. Tests of other parts are not
-# collected, since they import packages that a GPU machine need not have; a failing one does not cost the data file.
-GPU_NEEDS = torch triton setuptools pytest
+# Nothing is installed, so with the system's Python: make gpu-check PYTHON=python3 ARGS='--part card tests-cuda'
 gpu-check:
-	@$(PYTHON) -c 'import sys; from importlib.util import find_spec as f; m = [n for n in sys.argv[1:] if not f(n)]; sys.exit(m and "gpu-check: $(PYTHON) lacks " + ", ".join(m))' $(GPU_NEEDS)
-	@echo "gpu-check 1/3: build, for this GPU alone, up to 2 minutes with ninja"
-	@FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print(("%d.%d" % torch.cuda.get_device_capability()).replace("9.0", "9.0a"))') \
-	timeout 200 $(PYTHON) setup.py --quiet build_ext || { echo "gpu-check: THE CUDA BACKEND WAS NOT BUILT, its tests are left out"; \
-	$(PYTHON) setup.py --quiet build_ext; }
-	@echo "gpu-check 2/3: tests, up to 4 minutes, most of it compilation"
-	@timeout 270 $(PYTHON) -m pytest -m gpu --durations 5 $(wildcard tests/test_*_gpu.py); tests=$$?; \
-	echo "gpu-check 3/3: benchmark, about 3 minutes"; \
-	$(PYTHON) benchmarks/loss.py --budget 180 && exit $$tests
+	@$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build mio_ext/*.so

@@ -4,26 +4,24 @@
     python benchmarks/accuracy.py                # CPU or GPU, whatever is there
 
 Relative errors of the loss and of its gradient (both inputs, as one vector) against the float64 reference on the very
-same features. Writes benchmarks/results/<device>/accuracy.json and .csv.
+same features. Writes benchmarks/results/<device>/accuracy.json and .csv; with any option it writes to
+build/benchmarks/ instead, unless told by --output.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+import torch
 
-import torch  # noqa: E402
-from contenders import LOSSES, NT_XENT, Loss, backends, contenders, features, own, step  # noqa: E402
-from machine import device_type, facts, folder, save  # noqa: E402
+from benchmarks.harness.contenders import LOSSES, NT_XENT, Loss, backends, contenders, features, own, step
+from benchmarks.harness.machine import device_type, facts, output_path, save
+from benchmarks.harness.report_steps import accuracy_tables
+from benchmarks.harness.tables import text_table
 
 SCALES = {"mio": [1 / t for t in (0.01, 0.03, 0.1, 0.3, 1.0)], "siglip": [1.0, 3.0, 10.0, 30.0, 100.0]}
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
@@ -55,7 +53,7 @@ def measure(loss: str, dtype: str, rows: int, dim: int, device: str) -> list[dic
         x, y = features(loss, rows, dim, getattr(torch, dtype), device)
         wide = (x.double().requires_grad_(), y.double().requires_grad_())
         true = step(own(loss, "reference"), wide, scale, gradient=True)
-        gradient = torch.cat([leaf.grad.flatten() for leaf in wide])
+        gradient = torch.cat([leaf.grad.flatten() for leaf in wide if leaf.grad is not None])
         for name, function in functions.items():
             leaves = (x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_())
             row = {"loss": loss, "scale": round(scale, 4), "rows": rows, "dim": dim, "dtype": dtype, "contender": name}
@@ -68,7 +66,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512, help="N of MIO, B of SigLIP (default 512)")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--budget", type=float, default=180, help="seconds for everything (default 180)")
-    parser.add_argument("--output", type=Path, help="data file (default benchmarks/results/<device>/accuracy.json)")
+    parser.add_argument("--output", type=Path, help="data file (default as above)")
     args = parser.parse_args()
     device = device_type()
     head = facts(device) | {"budget_seconds": args.budget}
@@ -85,7 +83,10 @@ def main() -> None:
                 print(*(f"{row.get(k, '')!s:<20}" for k in ("loss", "scale", "dtype", "contender", "status")), end=" ")
                 print(row.get("loss_error"), row.get("gradient_error"), row.get("reason", ""), flush=True)
     head["over_budget"] = late
-    save(args.output or folder(head) / "accuracy.json", head, rows)
+    save(output_path(parser, args, head, "accuracy"), head, rows)
+    print("\nrelative error of the loss / of the gradient")
+    for table in accuracy_tables(rows):
+        print(f"\n{text_table(*table)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ one that rose as much wants new data.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -17,17 +18,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from tables import by_case, case_name, data_files, our_best  # noqa: E402
+from benchmarks.harness.machine import folder_name
+from benchmarks.harness.paths import ROOT
+from benchmarks.harness.tables import CaseKey, by_case, case_name, data_files, our_best
 
 CASES = ["mio:1024:128", "mio:8192:128", "siglip:1024:768", "siglip:4096:768"]
 PEERS = ("eager", "open_clip")  #: their code is fixed by torch's version, and nothing has to be compiled
 TOLERANCE = 1.5
 
 
-def ratios(data: dict[str, Any]) -> dict[tuple, float]:
+def ratios(data: dict[str, Any]) -> dict[tuple[CaseKey, str], float]:
     """(case, peer) -> how many times as long as we take."""
     found = {}
     for case, contenders in by_case(data["results"]).items():
@@ -65,6 +65,7 @@ def compare(committed: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "loss.json"
         command = [sys.executable, str(ROOT / "benchmarks" / "loss.py"), "--cases", *CASES, "--output", str(output)]
@@ -73,9 +74,7 @@ def main() -> None:
             print(f"bench-check: benchmarks/loss.py gave no data (exit status {run.returncode})")
             return
         here = json.loads(output.read_text())
-    from machine import folder as folder_of
-
-    path = committed_file(folder_of(here).name, here["device_type"])
+    path = committed_file(folder_name(here), here["device_type"])
     if path is None:
         print(f"bench-check: no committed data for a device of type {here['device_type']!r}; run: make bench")
         return

@@ -2,20 +2,23 @@
 """How fast and how large is one step of the loss, how near the floor, and beside what a user would pick instead?
 
     python benchmarks/loss.py                    # CPU or GPU, whatever is there; within --budget seconds
-    python benchmarks/loss.py --cases mio:8192:128 siglip:4096:768:bfloat16:forward --output loss.json
+    python benchmarks/loss.py --cases mio:8192:128 siglip:4096:768:bfloat16:forward
 
-Writes benchmarks/results/<device>/loss.json and .csv; benchmarks/report.py makes tables and plots of them.
+Writes benchmarks/results/<device>/loss.json and .csv; benchmarks/report.py makes tables and plots of them. With any
+option it writes to build/benchmarks/ instead, unless told by --output. Rows are in a .jsonl beside as they come.
 
 Cases come in order of interest until the budget is spent; those left are listed as over budget. Contenders of a
 case are interleaved in one process, after each has agreed with float64. Reported: median and 20/80 % quantiles, and
-peak memory of a first step. On a CPU that first step runs in a process of its own under a limit of memory
-and time, so a contender that is too slow or too large is found out and written down, not waited for.
+peak memory of a first step. float16 is taken as GradScaler would, with the loss scaled. On a CPU that first step runs
+in a process of its own under a limit of memory and time, so a contender that is too slow or too large is found out and
+written down, not waited for.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import multiprocessing
 import os
@@ -23,17 +26,14 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1" if (os.cpu_count() or 1) < 8 else "8")
+import torch
 
-import torch  # noqa: E402
-from contenders import (  # noqa: E402
+from benchmarks.harness.contenders import (
     LOSSES,
     NT_XENT,
     SCALE,
@@ -42,15 +42,18 @@ from contenders import (  # noqa: E402
     contenders,
     exact,
     features,
-    is_ours,
+    mio_chunks,
     own,
+    siglip_chunks,
     step,
 )
-from floor import Rates, floor, measured_rates, work  # noqa: E402
-from machine import PeakMemory, device_type, facts, folder, free_memory, proc_field, save  # noqa: E402
-from plan import Case, History, Limits, all_cases, parse_case  # noqa: E402
-
-from mio_ext import ops  # noqa: E402
+from benchmarks.harness.floor import Rates, floor, measured_rates, work
+from benchmarks.harness.machine import PeakMemory, device_type, facts, free_memory, output_path, proc_field, save
+from benchmarks.harness.paths import ROOT
+from benchmarks.harness.plan import Case, History, Limits, all_cases, parse_case
+from benchmarks.harness.report_loss import time_table
+from benchmarks.harness.tables import by_case, case_order, is_ours, text_table
+from mio_ext import ops
 
 CHECK_ROWS = 512  #: of the comparison with float64; the paper's form takes gigabytes beyond
 #: Relative error of loss and gradient that a contender may have. 16-bit logits, as peers have, get 16-bit room.
@@ -58,6 +61,7 @@ ROOM = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.1}
 LONG = 2.5  #: seconds; of a longer step the first run counts, and no other is waited for
 COLD = 0.5  #: seconds; a longer step needs no warm-up, but for a compiler's
 MIN_STEPS, MAX_STEPS = 3, 300
+LOSS_SCALE = 2.0**16  #: of float16, where GradScaler starts
 
 
 def leaves_of(case: Case, device: str, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,12 +69,27 @@ def leaves_of(case: Case, device: str, rows: int | None = None) -> tuple[torch.T
     return x.requires_grad_(case.gradient), y.requires_grad_(case.gradient)
 
 
-def distance(value: torch.Tensor, leaves: Any, true: torch.Tensor, exact_leaves: Any) -> dict[str, float]:
-    """Relative errors of the loss and, if there are gradients, of the worse one."""
+def scaled(case: Case, run: Callable[[float], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """(loss scale, leaves, ...) of ``run(loss scale) -> (leaves, ...)``.
+
+    As GradScaler finds it: in float16 the largest from LOSS_SCALE down that leaves gradients finite. Else 1.
+    """
+    loss_scale = LOSS_SCALE if case.dtype == "float16" and case.gradient else 1.0
+    while True:
+        leaves, *rest = run(loss_scale)
+        if loss_scale <= 1 or all(leaf.grad.isfinite().all() for leaf in leaves):
+            return loss_scale, leaves, *rest
+        loss_scale /= 2
+
+
+def distance(
+    value: torch.Tensor, leaves: Any, true: torch.Tensor, exact_leaves: Any, loss_scale: float
+) -> dict[str, float]:
+    """Relative errors of the loss and, if there are gradients, of the worse one; ``leaves`` have scaled ones."""
     errors = {"loss_error": abs(value.double() - true).item() / abs(true.item())}
     if leaves[0].grad is not None:
         errors["gradient_error"] = max(
-            ((leaf.grad.double() - e.grad).norm() / e.grad.double().norm()).item()
+            ((leaf.grad.double() / loss_scale - e.grad).norm() / e.grad.double().norm()).item()
             for leaf, e in zip(leaves, exact_leaves, strict=True)
         )
     return errors
@@ -79,16 +98,26 @@ def distance(value: torch.Tensor, leaves: Any, true: torch.Tensor, exact_leaves:
 def check(name: str, function: Loss, case: Case, device: str) -> dict[str, float]:
     """Errors against float64, on at most CHECK_ROWS rows."""
     leaves = leaves_of(case, device, min(case.rows, CHECK_ROWS))
-    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
-    value = step(function, leaves, SCALE[case.loss], case.gradient)
-    return distance(value, leaves, step(exact(case.loss, name, device), wide, SCALE[case.loss], True), wide)
+
+    def run(loss_scale: float) -> tuple[Any, torch.Tensor]:
+        return leaves, step(function, leaves, SCALE[case.loss], case.gradient, loss_scale)
+
+    loss_scale, _, value = scaled(case, run)
+    x, y = leaves
+    wide = (x.detach().double().requires_grad_(), y.detach().double().requires_grad_())
+    true = step(exact(case.loss, name, device), wide, SCALE[case.loss], True)
+    return distance(value, leaves, true, wide, loss_scale)
 
 
-def check_all_rows(value: torch.Tensor, leaves: Any, case: Case, device: str) -> dict[str, float]:
-    """Errors against our backend in float32, which has been held to float64 on fewer rows."""
+def check_all_rows(value: torch.Tensor, leaves: Any, case: Case, device: str, loss_scale: float) -> dict[str, float]:
+    """Errors on all rows, in float32: on a GPU against plain PyTorch, for nobody is judged by himself.
+
+    On a CPU that takes too long: against our backend there, which has been held to float64 on fewer rows.
+    """
+    plain = mio_chunks if case.loss == "mio" else siglip_chunks
     wide = tuple(leaf.detach().float().requires_grad_(case.gradient) for leaf in leaves)
-    true = step(own(case.loss, backends(device)[0]), wide, SCALE[case.loss], case.gradient)
-    return distance(value, leaves, true, wide)
+    true = step(plain if device == "cuda" else own(case.loss, "cpu"), wide, SCALE[case.loss], case.gradient)
+    return distance(value, leaves, true, wide, loss_scale)
 
 
 def probe(name: str, case: Case, device: str) -> dict[str, Any]:
@@ -100,22 +129,26 @@ def probe(name: str, case: Case, device: str) -> dict[str, Any]:
     errors = check(name, function, case, device) if name != "torch.compile" else {}
     if not max(errors.values(), default=0) <= ROOM[case.dtype]:
         return {"status": "wrong", "reason": "differs from float64", **errors}
-    leaves = leaves_of(case, device)
     if name == "torch.compile" or device == "cuda":  # a size may have a kernel of its own to compile
-        step(function, leaves, scale, case.gradient)
+        step(function, leaves_of(case, device), scale, case.gradient)
+
+    def run(loss_scale: float) -> tuple[Any, torch.Tensor, float, int]:
         leaves = leaves_of(case, device)
-    with PeakMemory(device) as peak:
-        begin = time.perf_counter()
-        value = step(function, leaves, scale, case.gradient)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
+        with PeakMemory(device) as peak:
+            begin = time.perf_counter()
+            value = step(function, leaves, scale, case.gradient, loss_scale)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - begin
+        return leaves, value, seconds, peak.bytes
+
+    loss_scale, leaves, value, seconds, peak_bytes = scaled(case, run)
     worth_it = case.rows > CHECK_ROWS and (seconds <= LONG or not is_ours(name))  # of a long step of ours it is another
     if name != NT_XENT and (worth_it or not errors):
-        errors = check_all_rows(value, leaves, case, device)
+        errors = check_all_rows(value, leaves, case, device, loss_scale)
         if not max(errors.values()) <= ROOM[case.dtype]:
-            return {"status": "wrong", "reason": f"differs from float64 at {case.rows:,} rows", **errors}
-    return {"status": "ok", "seconds": seconds, "peak_bytes": peak.bytes, **errors}
+            return {"status": "wrong", "reason": f"differs from float32 at {case.rows:,} rows", **errors}
+    return {"status": "ok", "seconds": seconds, "peak_bytes": peak_bytes, "loss_scale": loss_scale, **errors}
 
 
 def guarded_probe(name: str, case: Case, device: str) -> dict[str, Any]:
@@ -134,8 +167,9 @@ def guarded_probe(name: str, case: Case, device: str) -> dict[str, Any]:
 def child_context() -> Any:
     """Children are forked off a process that has imported everything and used no thread pool yet."""
     context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
-    context.set_forkserver_preload(["loss", "torch._dynamo", "torch._inductor.compile_fx", "open_clip", "lightly.loss"])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    compiler = ["torch._dynamo", "torch._inductor.compile_fx"]
+    context.set_forkserver_preload(["benchmarks.loss", *compiler, "open_clip", "lightly.loss"])
     return context  # a module that is not installed is passed over
 
 
@@ -159,7 +193,7 @@ def isolated_probe(name: str, case: Case, limits: Limits, left: float) -> dict[s
         receiver.recv()
         if not receiver.poll(seconds):
             return {"status": "over budget", "reason": f"a step takes more than {seconds:.0f} s"}
-        result = receiver.recv()
+        result: dict[str, Any] = receiver.recv()
         process.join(5)
         return result
     except EOFError:
@@ -169,22 +203,29 @@ def isolated_probe(name: str, case: Case, limits: Limits, left: float) -> dict[s
         process.join()
 
 
-def time_step(function: Any, leaves: Any, case: Case, flush: torch.Tensor | None) -> float:
+def time_step(function: Any, leaves: Any, case: Case, flush: torch.Tensor | None, loss_scale: float) -> float:
     """Seconds of one step; on a GPU between two events, after the cache was flushed."""
     if flush is None:
         begin = time.perf_counter()
-        step(function, leaves, SCALE[case.loss], case.gradient)
+        step(function, leaves, SCALE[case.loss], case.gradient, loss_scale)
         return time.perf_counter() - begin
     flush.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    step(function, leaves, SCALE[case.loss], case.gradient)
+    step(function, leaves, SCALE[case.loss], case.gradient, loss_scale)
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e-3
+    return 1e-3 * float(start.elapsed_time(end))
 
 
-def interleaved(case: Case, names: list[str], warm: list[str], device: str, seconds: float) -> dict[str, list[float]]:
+def interleaved(
+    case: Case,
+    names: list[str],
+    warm: list[str],
+    device: str,
+    seconds: float,
+    loss_scales: Mapping[str, float] | None = None,
+) -> dict[str, list[float]]:
     """Times of every contender's steps, in turns; each goes on until it has had ``seconds`` and MIN_STEPS.
 
     Those in ``warm`` run once or twice before.
@@ -193,14 +234,17 @@ def interleaved(case: Case, names: list[str], warm: list[str], device: str, seco
     leaves = leaves_of(case, device)
     flush = torch.empty(2**28, dtype=torch.int8, device=device) if device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in names}
+
+    def seconds_of(name: str) -> float:
+        return time_step(functions[name], leaves, case, flush, (loss_scales or {}).get(name, 1.0))
+
     for name in warm:
-        first = time_step(functions[name], leaves, case, flush)  # warm-up
-        if first < 0.1:
-            time_step(functions[name], leaves, case, flush)
+        if seconds_of(name) < 0.1:
+            seconds_of(name)
     running = list(names)
     while running:
         for name in running:
-            times[name].append(time_step(functions[name], leaves, case, flush))
+            times[name].append(seconds_of(name))
         running = [
             n for n in running if len(times[n]) < MIN_STEPS or (sum(times[n]) < seconds and len(times[n]) < MAX_STEPS)
         ]
@@ -226,8 +270,9 @@ def measure_case(
         if device == "cuda":
             torch.cuda.empty_cache()
     timed = [n for n, row in found.items() if row["status"] == "ok" and row["seconds"] <= LONG]
+    loss_scales = {n: found[n]["loss_scale"] for n in timed}
     warm = [n for n in timed if n == "torch.compile" or found[n]["seconds"] < COLD]
-    times = interleaved(case, timed, warm, device, limits.seconds) if timed else {}
+    times = interleaved(case, timed, warm, device, limits.seconds, loss_scales) if timed else {}
     rates = measured_rates(device, getattr(torch, case.dtype))
     for name, row in found.items():
         yield report_row(case, name, row, times.get(name), rates, device)
@@ -248,6 +293,7 @@ def report_row(
         row |= {"peak_bytes": found["peak_bytes"], "floor_ms": bound.seconds * 1e3, "floor_by": bound.by}
         row |= {"share": bound.seconds / median, "gflops": asked.operations / median * 1e-9}
         row |= {key: value and value * 1e-9 for key, value in rates._asdict().items()}
+    row |= {"loss_scale": found["loss_scale"]} if found.get("loss_scale", 1) != 1 else {}
     row |= {key: found[key] for key in ("loss_error", "gradient_error", "reason") if key in found}
     return {k: float(f"{v:.5g}") if isinstance(v, float) and math.isfinite(v) else v for k, v in row.items()}
 
@@ -273,7 +319,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", type=parse_case, metavar="LOSS:ROWS:DIM[:DTYPE[:DIRECTION]]")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only those whose name starts so")
-    parser.add_argument("--output", type=Path, help="data file (default benchmarks/results/<device>/loss.json)")
+    parser.add_argument("--output", type=Path, help="data file (default as above)")
     args = parser.parse_args()
     device = device_type()
     if not backends(device):
@@ -287,6 +333,9 @@ def main() -> None:
     head["skipped"] = {n: why for loss in LOSSES for n, why in contenders(loss, device)[1].items()}
     deadline = time.monotonic() + args.budget
     history, rows, late = History(), [], []
+    path = output_path(parser, args, head, "loss")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.with_suffix(".jsonl").open("w", buffering=1)  # what there is, should a kernel hang
     for case in args.cases or all_cases(device):
         left = deadline - time.monotonic()
         if left < 5 or not_worth_it(case, device, history, left):
@@ -295,9 +344,16 @@ def main() -> None:
         names = [n for n in contenders(case.loss, device)[0] if n.startswith(tuple(args.contenders or [""]))]
         for row in measure_case(case, names, device, history, limits, left):
             rows.append(row)
+            lines.write(json.dumps(row) + "\n")
             show(row)
     head["over_budget"] = late
-    save(args.output or folder(head) / "loss.json", head, rows)
+    lines.close()
+    save(path, head, rows)
+    path.with_suffix(".jsonl").unlink()
+    cases = dict(sorted(by_case(rows).items(), key=case_order))
+    for loss in LOSSES:
+        if mine := {case: of_case for case, of_case in cases.items() if case[0] == loss}:
+            print(f"\n{text_table(*time_table(loss, mine))}")
     if any(is_ours(row["contender"]) and row["status"] not in ("ok", "over budget") for row in rows):
         sys.exit("loss.py: a backend of ours failed")
 

@@ -10,6 +10,7 @@ hash of its data file inside.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
@@ -18,21 +19,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import tables
-from tables import PLOT_NAMES, ROOT, data_files
+from benchmarks.harness import report_loss, report_steps, report_training
+from benchmarks.harness.paths import ROOT
+from benchmarks.harness.tables import PLOT_NAMES, data_files
 
 PAGES = ("README.md", "docs/performance.md")
 PLOTS = "docs/plots"
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "loss": tables.readme_loss,
-    "digits": tables.readme_digits,
-    "cifar": tables.readme_cifar,
-    "loss-report": tables.performance_loss,
-    "step-report": tables.performance_step,
-    "accuracy-report": tables.performance_accuracy,
+    "loss": report_loss.readme_loss,
+    "digits": report_training.readme_digits,
+    "cifar": report_training.readme_cifar,
+    "loss-report": report_loss.performance_loss,
+    "step-report": report_steps.performance_step,
+    "accuracy-report": report_steps.performance_accuracy,
 }
 
 
@@ -76,13 +76,15 @@ def stale() -> list[str]:
 
 
 def main() -> None:
-    if "--check" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page or plot is stale")
+    if parser.parse_args().check:
         wrong = stale()
         sys.exit(f"{', '.join(wrong)}: not what the data say; run: python benchmarks/report.py" if wrong else 0)
     for page in PAGES:
         path = ROOT / page
         path.write_text(rendered(path.read_text()))
-    import plots
+    from benchmarks.harness import plots
 
     for path in data_files("loss"):
         plots.draw(json.loads(path.read_text()), ROOT / PLOTS, path.parent.name, data_hash(path))

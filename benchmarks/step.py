@@ -5,7 +5,8 @@
 
 A step is train/pretrain.py's: two augmented views, ResNet and projector under bfloat16 where the hardware has it,
 loss, backward, SGD. Every loss is timed on the embeddings of the same step, forward and backward; all else is
-timed once. Images are random. Writes benchmarks/results/<device>/step.json and .csv.
+timed once. Images are random. Writes benchmarks/results/<device>/step.json and .csv; with any option it writes to
+build/benchmarks/ instead, unless told by --output.
 """
 
 from __future__ import annotations
@@ -13,24 +14,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import torch
 
-import torch  # noqa: E402
-from contenders import SCALE, Loss, contenders, is_ours, step  # noqa: E402
-from machine import device_type, facts, folder, free_memory, save  # noqa: E402
-
-from train.augment import Preprocess, ViewRanges  # noqa: E402
-from train.config import Config  # noqa: E402
-from train.device import is_out_of_memory, use_bfloat16  # noqa: E402
-from train.model import build_model, resolve_stem  # noqa: E402
-from train.optimizer import parameter_groups  # noqa: E402
+from benchmarks.harness.contenders import SCALE, Loss, contenders, step
+from benchmarks.harness.machine import device_type, facts, free_memory, output_path, save
+from benchmarks.harness.report_steps import step_table
+from benchmarks.harness.tables import is_ours, text_table
+from train.augment import Preprocess, ViewRanges
+from train.config import Config
+from train.device import is_out_of_memory, use_bfloat16
+from train.model import build_model, resolve_stem
+from train.optimizer import parameter_groups
 
 BATCHES = [128, 256, 512, 1024, 2048, 4096]
 SHOWN = ("mio_ext", "eager", "torch.compile", "paper")  #: contenders of benchmarks/loss.py that take part
@@ -138,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=220, help="seconds for everything (default 220)")
     parser.add_argument("--memory", type=float, help="GB that a loss may take (default half of what is free)")
-    parser.add_argument("--output", type=Path, help="data file (default benchmarks/results/<device>/step.json)")
+    parser.add_argument("--output", type=Path, help="data file (default as above)")
     args = parser.parse_args()
     device = device_type()
     memory = args.memory * 1e9 if args.memory else free_memory(device) / 2
@@ -163,7 +162,8 @@ def main() -> None:
         for row in found:
             print({k: v for k, v in row.items() if k != "bfloat16"}, flush=True)
     head["over_budget"] = late
-    save(args.output or folder(head) / "step.json", head, rows)
+    save(output_path(parser, args, head, "step"), head, rows)
+    print(f"\n{text_table(*step_table(rows))}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tolerance table and what all tests share. A new backend adds itself to FUSED_BACKENDS."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,25 @@ TOLERANCE = {
     torch.bfloat16: (1e-6, 4e-3),
     torch.float16: (1e-6, 2e-3),
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where MIO_TEST_LINES names a file, a JSON line of every test as it ends: if one hangs, the others are known.
+
+    After an error of CUDA's a process is of no use any more: a worker of pytest-xdist ends itself and is replaced.
+    """
+    report = yield
+    path = os.environ.get("MIO_TEST_LINES")
+    if path and (report.when == "call" or not report.passed):
+        line = {"test": item.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        if not report.passed:
+            line["why"] = report.longreprtext[-2000:]
+        with open(path, "a") as lines:
+            lines.write(json.dumps(line) + "\n")
+    if report.failed and "CUDA error" in report.longreprtext and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
+    return report
 
 
 @pytest.fixture(params=FUSED_BACKENDS, ids=lambda p: p[0])

@@ -59,7 +59,8 @@ def test_siglip_loss(m, k, dim, dtype, gpu):
     for backend, to in ((gpu, dtype), ("reference", dtype), ("reference", torch.float64)):
         a, b = (t.to("cuda", dtype).to(to).requires_grad_() for t in (x, y))
         scale, bias = (torch.tensor(v, device="cuda", requires_grad=True) for v in (10.0, -10.0))
-        loss = siglip_loss(a, b, scale, bias, backend=backend, text_offset=max(0, k - m) // 2)
+        offset = {"negative_only": True} if m > k else {"text_offset": (k - m) // 2}
+        loss = siglip_loss(a, b, scale, bias, backend=backend, **offset)
         results.append((loss, torch.autograd.grad(loss * 2.0**16, (a, b, scale, bias))))
     (loss, grads), (plain, plain_grads), (exact, exact_grads) = results
     assert_no_worse_than(loss, plain, exact, 1e-5)
@@ -67,6 +68,27 @@ def test_siglip_loss(m, k, dim, dtype, gpu):
         assert_no_worse_than(g, p, e, TOLERANCE[dtype][1])
     for g, e in zip(grads[2:], exact_grads[2:], strict=True):
         assert relative_error(g, e) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch, dim", [(100, 64), (900, 128), (700, 256), (600, 300)])
+def test_labels_with_strided_rows_and_learnt_parameters(batch, dim, dtype, gpu):
+    """What test_mio_loss leaves out, at once: ids, every other feature of a row, tensors for numbers, statistics."""
+    wide = views(batch, 2 * dim, dtype, "cuda")
+    labels = torch.arange(batch, device="cuda") % 7
+    found = []
+    for backend, to in ((gpu, dtype), ("reference", dtype), ("reference", torch.float64)):
+        z1, z2 = (z.detach().to(to)[:, ::2].requires_grad_() for z in wide)
+        assert not z1.is_contiguous()
+        tau, bias = (torch.tensor(value, device="cuda", requires_grad=True) for value in (0.5, -1.0))
+        loss, stats = mio_loss(z1, z2, temperature=tau, bias=bias, labels=labels, backend=backend, return_stats=True)
+        d1, d2, dtau, dbias = torch.autograd.grad(loss * 2.0**12, (z1, z2, tau, bias))
+        found.append((loss, torch.cat([d1, d2]), torch.stack([dtau, dbias]), torch.stack(list(stats))))
+    (loss, grad, learnt, stats), (plain, plain_grad, _, _), (exact, exact_grad, exact_learnt, exact_stats) = found
+    assert_no_worse_than(loss, plain, exact, TOLERANCE[dtype][0])
+    assert_no_worse_than(grad, plain_grad, exact_grad, TOLERANCE[dtype][1])
+    assert relative_error(learnt, exact_learnt) < 1e-4
+    torch.testing.assert_close(stats, exact_stats, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 @pytest.mark.parametrize("dim", [128, 768])

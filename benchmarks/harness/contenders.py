@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mio_ext import mio_loss, ops, siglip_loss
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1" if (os.cpu_count() or 1) < 8 else "8")
 # What the compiler says about itself and about a toolkit it does not need.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -106,19 +108,22 @@ def siglip_chunks(x: Tensor, y: Tensor, scale: float) -> Tensor:
         return F.softplus(logits).sum() - positive.sum()
 
     parts = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
-    return sum(checkpoint(block, *part, use_reentrant=False) for part in parts) / len(x)
+    return torch.stack([checkpoint(block, *part, use_reentrant=False) for part in parts]).sum() / len(x)
 
 
-def compiled(function: Callable) -> Loss:
+def compiled(function: Callable[..., Tensor]) -> Loss:
     """torch.compile for one shape; the scale goes in as a tensor, or every value would be compiled anew."""
     compiled_function = torch.compile(function, dynamic=False)
     return lambda x, y, scale: compiled_function(x, y, torch.full((), scale, device=x.device))
 
 
 def own(loss: str, backend: str) -> Loss:
-    if loss == "mio":
-        return lambda x, y, scale: mio_loss(x, y, temperature=1 / scale, backend=backend)
-    return lambda x, y, scale: siglip_loss(x, y, scale, BIAS, backend=backend)
+    def loss_of(x: Tensor, y: Tensor, scale: float) -> Tensor:
+        if loss == "mio":
+            return mio_loss(x, y, temperature=1 / scale, backend=backend)  # type: ignore[return-value]
+        return siglip_loss(x, y, scale, BIAS, backend=backend)  # type: ignore[return-value]
+
+    return loss_of
 
 
 def exact(loss: str, name: str, device: str) -> Loss:
@@ -143,7 +148,8 @@ def siglip_kernel() -> Loss:
 
     def loss(x: Tensor, y: Tensor, scale: float) -> Tensor:
         log_scale, bias = torch.tensor([math.log(scale), BIAS], device=x.device).unbind()
-        return fused_siglip_loss(x, y, log_scale, bias)
+        value: Tensor = fused_siglip_loss(x, y, log_scale, bias)
+        return value
 
     return loss
 
@@ -152,10 +158,6 @@ def nt_xent() -> Loss:
     from lightly.loss import NTXentLoss
 
     return lambda x, y, scale: NTXentLoss(temperature=1 / scale)(x, y)
-
-
-def is_ours(name: str) -> bool:
-    return name.startswith("mio_ext")
 
 
 def backends(device: str) -> list[str]:
@@ -204,13 +206,18 @@ def features(loss: str, rows: int, dim: int, dtype: torch.dtype, device: str, se
     return x.to(dtype), y.to(dtype)
 
 
-def step(function: Loss, leaves: tuple[Tensor, Tensor], scale: float, gradient: bool) -> Tensor:
-    """One training step's worth of loss: the value, and the gradients in ``leaves``; or the value alone."""
+def step(
+    function: Loss, leaves: tuple[Tensor, Tensor], scale: float, gradient: bool, loss_scale: float = 1.0
+) -> Tensor:
+    """One training step's worth of loss: the value, and the gradients in ``leaves``; or the value alone.
+
+    Gradients are ``loss_scale`` times as large: float16's flush to zero without it, as any training knows.
+    """
     if not gradient:
         with torch.no_grad():
             return function(*leaves, scale)
     for leaf in leaves:
         leaf.grad = None
     loss = function(*leaves, scale)
-    loss.backward()
+    (loss if loss_scale == 1 else loss.float() * loss_scale).backward()
     return loss.detach()

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.harness.paths import ROOT
+
 CPU_LIBRARY_SIZE, GPU_LIBRARY_SIZE = 2048, 8192  #: rows of the library's product
 CPU_COPY_BYTES, GPU_COPY_BYTES = 2**27, 2**30
 
@@ -110,7 +111,7 @@ def gpu_rates(dtype: torch.dtype) -> Rates:
         matrix = max(library, library_rate("cuda", GPU_LIBRARY_SIZE, torch.float16) / 3)
     bandwidth = copy_rate("cuda", GPU_COPY_BYTES)
     torch.cuda.empty_cache()
-    from gpu_rates import exponentials
+    from benchmarks.harness.gpu_rates import exponentials
 
     count, run = exponentials()
     return Rates(matrix, library, None, count / best_of(5, run, cuda=True), bandwidth)
@@ -150,12 +151,12 @@ def best_of(times: int, function: Callable[[], Any], cuda: bool = False) -> floa
 def native_loops() -> ctypes.CDLL | None:
     """rates.cpp, compiled for this machine into build/; None without a compiler."""
     compiler = shutil.which("c++")
+    if compiler is None:
+        return None
     source = Path(__file__).with_name("rates.cpp")
     command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-pthread", "-shared", "-fPIC"]
     key = hashlib.sha256(source.read_bytes() + str(command).encode()).hexdigest()[:12]
     target = ROOT / "build" / f"rates-{key}.so"
-    if compiler is None:
-        return None
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         subprocess.run([*command, str(source), "-o", str(target)], check=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import datetime
@@ -20,10 +21,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.paths import RESULTS, ROOT, SCRATCH
 from mio_ext import __version__, ops
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "open_clip_torch", "siglip-kernel", "lightly")
 
 
@@ -68,7 +68,7 @@ def facts(device: str) -> dict[str, Any]:
     if device == "cuda":
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
         head |= {"device": torch.cuda.get_device_name(), "driver": driver[0] if driver else None}
-        head |= {"cuda": torch.version.cuda}
+        head |= {"cuda": torch.version.cuda, "host": f"{os.cpu_count()} × {processor()}"}
     else:
         head |= {"device": processor(), "driver": f"{platform.system()} {platform.release()}"}
         head |= {"threads": torch.get_num_threads(), "instruction_set": ops.extension.cpu_instruction_set()}
@@ -76,18 +76,32 @@ def facts(device: str) -> dict[str, Any]:
     return head | {"versions": versions | {p: v for p in PACKAGES if (v := version(p))}}
 
 
-def folder(head: dict[str, Any]) -> Path:
-    """benchmarks/results/<device>; threads are part of a CPU's name."""
+def folder_name(head: dict[str, Any]) -> str:
+    """Of the device; threads are part of a CPU's name."""
     name = head["device"] + (f" {head['threads']} threads" if "threads" in head else "")
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def save(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """``path`` as JSON, a row to a line, and its rows again as CSV beside it."""
+def output_path(parser: argparse.ArgumentParser, args: argparse.Namespace, head: dict[str, Any], name: str) -> Path:
+    """Where the data go: to ``--output``, else among the committed figures of this device.
+
+    With any option the run is a part of the benchmark or another one: those go to a folder that git ignores.
+    """
+    if args.output is not None:
+        return Path(args.output)
+    whole = all(value == parser.get_default(key) for key, value in vars(args).items())
+    return (RESULTS if whole else SCRATCH) / folder_name(head) / f"{name}.json"
+
+
+def save(path: Path, head: dict[str, Any], rows: list[dict[str, Any]], as_csv: bool = True) -> None:
+    """``path`` as JSON, a row to a line, and its rows again as CSV beside it, for whoever likes a spreadsheet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     lines += [' "results": [', ",\n".join("  " + json.dumps(row) for row in rows), " ]"]
     path.write_text("\n".join(["{", *lines, "}"]) + "\n")
+    if not as_csv:
+        print(f"wrote {path}")
+        return
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()

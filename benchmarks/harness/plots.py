@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from tables import LOSSES, is_ours, main_type, our_best, usual_cases
+
+from benchmarks.harness.tables import LOSSES, Cases, is_ours, main_type, other_backends, our_best, usual_cases
 
 #: Colour (Okabe and Ito's, safe for the colour-blind), marker and dashes: told apart in black and white as well.
 STYLE = {
@@ -27,6 +28,7 @@ STYLE = {
     "lightly NT-Xent": ("#777777", "x", ":"),
 }
 OURS = ("#0050A0", "o", "-")
+SECOND = ("#6FA8DC", "o", "--")  #: of ours, where another is faster most often
 
 Value = Callable[[dict[str, Any], dict[str, Any]], float]  # (row, our best row of the case) -> y
 
@@ -59,9 +61,10 @@ def draw(data: dict[str, Any], folder: Path, name: str, data_hash: str) -> None:
             plt.close(figure)
 
 
-def panel(axis: Axes, loss: str, cases: dict[tuple, dict[str, Any]], kind: str, value: Value) -> None:
+def panel(axis: Axes, loss: str, cases: Cases, kind: str, value: Value) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     floor = []
+    second = other_backends(cases)
     for case, contenders in cases.items():
         ours = our_best(contenders)
         for name, row in contenders.items():
@@ -70,7 +73,7 @@ def panel(axis: Axes, loss: str, cases: dict[tuple, dict[str, Any]], kind: str, 
         if ours is not None:
             floor.append((case[1], ours["floor_ms"]))
     for name, points in lines.items():
-        colour, marker, dash = OURS if is_ours(name) else STYLE[name]
+        colour, marker, dash = SECOND if name in second else OURS if is_ours(name) else STYLE[name]
         wide = 2.4 if is_ours(name) else 1.3
         axis.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, ms=5, lw=wide, label=name,
                   zorder=3 if is_ours(name) else 2)  # fmt: skip
