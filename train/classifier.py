@@ -100,14 +100,15 @@ def score(
     model: nn.Module, split: Split, preprocess: Plain, device: torch.device, bfloat16: bool
 ) -> tuple[float, float]:
     """Accuracy and mean cross-entropy, batch norm in eval mode; images [n, C, H, W] may lie elsewhere."""
-    correct, loss = 0, 0.0
+    correct = torch.zeros((), dtype=torch.long, device=device)  # read once, at the end
+    loss = torch.zeros((), dtype=torch.double, device=device)
     with torch.inference_mode(), eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         for images, labels in zip(split.images.split(512), split.labels.split(512), strict=True):
             labels = labels.to(device)
             logits = model(preprocess.plain(images.to(device))).float()
-            correct += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return correct / len(split), loss / len(split)
+            correct += (logits.argmax(1) == labels).sum()
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+    return int(correct) / len(split), float(loss) / len(split)
 
 
 def subset(split: Split, index: Tensor) -> Split:
@@ -157,7 +158,7 @@ def train_epoch(
     model.train()
     model.backbone.train(settings.batch_norm_train)
     batch = min(settings.batch_size, len(order))
-    batches = order[: len(order) // batch * batch].split(batch)
+    batches = order[: len(order) // batch * batch].to(split.images.device).split(batch)
     losses = []
     for step, index in enumerate(batches, start=(epoch - 1) * len(batches)):
         for group in optimizer.param_groups:

@@ -89,14 +89,14 @@ class ImageData:
         if same_device(self.pretrain, device):
             return self
         shared = self.train is not None and self.train.images.data_ptr() == self.pretrain.data_ptr()
-        pretrain = self.pretrain.to(device) if fits(self.pretrain, device) else self.pretrain
+        pretrain = self.pretrain.to(device) if fits(self.pretrain.nbytes, device) else self.pretrain
         train = self.train
         if shared:
             train = Split(pretrain[: len(train)], train.labels.to(pretrain.device))
-        elif train is not None and fits(train.images, device):
+        elif train is not None and fits(train.images.nbytes, device):
             train = train.to(device)
         test = self.test
-        if test is not None and fits(test.images, device):
+        if test is not None and fits(test.images.nbytes, device):
             test = test.to(device)
         return replace(self, pretrain=pretrain, train=train, test=test)
 
@@ -114,10 +114,10 @@ def same_device(tensor: Tensor, device: torch.device) -> bool:
     return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
-def fits(tensor: Tensor, device: torch.device) -> bool:
-    """Whether a copy takes no more than half of the memory that is free on the device."""
+def fits(size: int, device: torch.device) -> bool:
+    """Whether ``size`` bytes are no more than half of the memory that is free on the device."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    return tensor.nbytes <= free / 2
+    return size <= free / 2
 
 
 def load_data(

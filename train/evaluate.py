@@ -64,13 +64,9 @@ def load_run(run: Path, device: str, data_root: str | None) -> Setup:
 def frozen_features(setup: Setup) -> probes.Features:
     data = setup.data
     assert data.train is not None and data.test is not None
-    train, test = (
-        probes.extract_features(
-            setup.model.backbone, s.images, setup.preprocess.plain, setup.device, bfloat16=setup.bfloat16
-        )
-        for s in (data.train, data.test)
+    return probes.labelled_features(
+        setup.model.backbone, data.train, data.test, setup.preprocess.plain, setup.device, setup.bfloat16
     )
-    return probes.Features(train, data.train.labels.cpu(), test, data.test.labels.cpu())
 
 
 def classify(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:

@@ -15,9 +15,8 @@ import re
 import secrets
 import shutil
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +29,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from train.progress import counting
 from train.run_folder import UserError
-
-try:
-    from tqdm import tqdm
-except ImportError:  # a progress bar is a comfort: without tqdm, plain lines
-    tqdm = None
 
 FORMAT = 1  #: part of the cache key: raise it when decoding or the files of the cache change
 HELD_OUT = 10  #: one image in so many of each class is held out where the folder has no test split
@@ -248,7 +243,11 @@ def decode_all(path: Path, listing: Listing, size: int, array_path: Path) -> dic
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n, kept, left_out = len(listing.files), [], {}
     print(f"decoding {n} images of {path} to {size}x{size} pixels with {workers} workers", flush=True)
-    with placed_atomically(array_path) as file, ThreadPoolExecutor(workers) as pool, progress(n) as advance:
+    with (
+        placed_atomically(array_path) as file,
+        ThreadPoolExecutor(workers) as pool,
+        counting("decoding", n, "images") as advance,
+    ):
         write_header(file, n, size)
         for start in range(0, n, BLOCK):
             block = range(start, min(start + BLOCK, n))
@@ -305,25 +304,6 @@ def placed_atomically(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, elsewhere a line every ten seconds; yields what is called with new images."""
-    if tqdm is not None and sys.stderr.isatty():
-        with tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True, desc="decoding") as bar:
-            yield bar.update
-        return
-    done, said = 0, time.perf_counter()
-
-    def advance(images: int) -> None:
-        nonlocal done, said
-        done += images
-        if time.perf_counter() - said > 10:
-            said = time.perf_counter()
-            print(f"decoded {done} of {total} images", flush=True)
-
-    yield advance
 
 
 # The cache

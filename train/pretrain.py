@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from train.card import write_card
 from train.config import Config, parse_arguments
-from train.data import ImageData, generator_for, prefetch, random_batches
+from train.data import generator_for, prefetch, random_batches
 from train.device import is_out_of_disk, is_out_of_memory, versions
 from train.export import export_encoder
 from train.monitor import Progress, StepMetrics, StopRequest, Stopwatch, report
@@ -52,7 +52,9 @@ from train.probes import (
     format_table,
     knn_accuracy,
     label_budgets,
+    labelled_features,
     pair_cosines,
+    pixel_features,
 )
 from train.processes import ALONE, Processes
 from train.run_folder import (
@@ -228,7 +230,7 @@ class Trainer:
             self.setup.device,
             bfloat16=self.setup.bfloat16,
         )
-        labels, held_out = split.labels.cpu()[order], max(len(order) // 10, 1)
+        labels, held_out = split.labels.cpu()[order].to(rows.device), max(len(order) // 10, 1)
         accuracy = 100 * knn_accuracy(Features(rows[held_out:], labels[held_out:], rows[:held_out], labels[:held_out]))
         assert self.log is not None
         self.log.write("knn", epoch=self.step // self.steps_per_epoch, step=self.step, accuracy=accuracy)
@@ -252,22 +254,10 @@ def take_snapshot(setup: Setup) -> Snapshot:
     data, model, preprocess = setup.data, setup.model, setup.preprocess
     assert data.train is not None and data.test is not None
     generator = torch.Generator(setup.device).manual_seed(0)
-    train, test = (
-        extract_features(model.backbone, s.images, preprocess.plain, setup.device, bfloat16=setup.bfloat16)
-        for s in (data.train, data.test)
-    )
+    features = labelled_features(model.backbone, data.train, data.test, preprocess.plain, setup.device, setup.bfloat16)
     images = data.test.images[:1000]
     z1, z2 = (extract_features(model, images, lambda x: preprocess.views(x, generator), setup.device) for _ in range(2))
-    return Snapshot(
-        Features(train, data.train.labels.cpu(), test, data.test.labels.cpu()),
-        pair_cosines(z1, z2),
-    )
-
-
-def raw_pixels(data: ImageData) -> Features:
-    assert data.train is not None and data.test is not None
-    train, test = ((s.images.flatten(1).float().cpu() / 255, s.labels.cpu()) for s in (data.train, data.test))
-    return Features(*train, *test)
+    return Snapshot(features, pair_cosines(z1, z2))
 
 
 def save_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot, folder: Path) -> None:
@@ -280,7 +270,8 @@ def save_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot,
     if len(after.features.test) < 3:
         return  # no pairs of images, or nothing to arrange
     plots.plot_cosines(before.cosines, after.cosines, folder / COSINE_PLOT)
-    plots.plot_embedding(after.features.test[:2000], after.features.test_labels[:2000], folder / EMBEDDING_PLOT)
+    shown = (tensor[:2000].cpu() for tensor in (after.features.test, after.features.test_labels))
+    plots.plot_embedding(*shown, folder / EMBEDDING_PLOT)
 
 
 def last_step(config: Config, images: int) -> int:
@@ -329,7 +320,10 @@ def pretrain(config: Config, processes: Processes, try_only: bool) -> None:
     together = f" in each of {processes.count} processes" if processes.count > 1 else ""
     print(f"{setup.data.name}: {n} training images on {setup.device}{together}, run folder {folder}", flush=True)
 
-    before = take_snapshot(setup) if scored and processes.first else None
+    before = None
+    if scored and processes.first:
+        before = take_snapshot(setup)
+        before = before._replace(features=before.features.to(torch.device("cpu")))  # training needs the memory
     processes.wait()
     trainer = Trainer(config, setup, folder, log)
     if checkpoint is not None:
@@ -371,15 +365,18 @@ def dry_run(config: Config, setup: Setup) -> None:
 
 def finish(config: Config, setup: Setup, folder: Path, log: RunLog, before: Snapshot, times: dict[str, float]) -> None:
     """Score the encoder beside raw pixels and itself untrained, and draw the plots."""
+    data = setup.data
+    assert data.train is not None and data.test is not None
+    print("scoring raw pixels, the untrained and the pre-trained encoder", flush=True)
     after = take_snapshot(setup)
     labels = after.features.train_labels
     budgets = label_budgets(len(labels), len(labels.unique()))
     rows = {
-        name: evaluate_features(features, budgets=budgets)
-        for name, features in [
-            ("raw pixels", raw_pixels(setup.data)),
-            ("untrained encoder", before.features),
-            ("pre-trained encoder", after.features),
+        name: evaluate_features(make(), budgets=budgets)
+        for name, make in [
+            ("raw pixels", lambda: pixel_features(data.train, data.test, setup.device)),
+            ("untrained encoder", lambda: before.features.to(labels.device)),
+            ("pre-trained encoder", lambda: after.features),
         ]
     }
     log.write("results", rows=rows, **times)
@@ -387,7 +384,7 @@ def finish(config: Config, setup: Setup, folder: Path, log: RunLog, before: Snap
     write_atomically(folder / RESULTS, lambda path: path.write_text(results + "\n"))
     epoch = log.history[-1]["epoch"]
     n = len(after.features.test)
-    print(format_table(rows, f"accuracy in % on {n} held-out test images, after epoch {epoch}"))
+    print(format_table(rows, f"accuracy in % on {n} held-out test images, after epoch {epoch}"), flush=True)
     save_plots(log.history, before, after, folder)
 
 

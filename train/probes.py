@@ -3,7 +3,8 @@
 
 Nothing is chosen on the test split: few labels have a fixed regularisation, all labels choose theirs on a
 hold-out of the train split, and the test split is scored once. Everything runs on the device of the
-features; the random choices are drawn on the CPU, so they are the same on every device.
+features, whose values are read back once per result; the random choices are drawn on the CPU, so they are
+the same on every device.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.data import Split, fits
+from train.progress import counting
+
 NEIGHBOURS = 20  #: k and temperature of Wu et al. 2018 (arXiv 1805.01978) scaled to small data sets
 KNN_TEMPERATURE = 0.07
+KNN_SIMILARITIES = 2**25  #: formed at a time: 128 MB
 DRAWS, DRAWS_OF_MANY, MANY_LABELS = 20, 5, 20  #: random label draws up to 20 labels a class, and above
 FEW_LABEL_C = 1.0  #: fixed a priori: choosing it would need more labels than there are
 LEARNING_RATES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  #: for features of mean squared norm 1
@@ -26,6 +31,8 @@ WEIGHT_DECAYS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
 PROBE_EPOCHS, PROBE_STEPS = 30, 2000  #: the longer of the two: small sets need more epochs
 HOLD_OUT = 0.1
 PAIR_IMAGES = 1000
+COPIES = 2  #: of the features on a device: themselves, and scaled
+FIT_NUMBERS = 2**28  #: of the features that are fitted together: 1 GB
 
 
 class Features(NamedTuple):
@@ -35,6 +42,13 @@ class Features(NamedTuple):
     train_labels: Tensor  #: [n]
     test: Tensor  #: [m, F] float32
     test_labels: Tensor  #: [m]
+
+    @property
+    def classes(self) -> int:
+        return int(self.train_labels.max()) + 1
+
+    def to(self, device: torch.device) -> Features:
+        return Features(*(tensor.to(device) for tensor in self))
 
 
 class LinearResult(NamedTuple):
@@ -57,12 +71,13 @@ class PairCosines(NamedTuple):
 def pair_cosines(z1: Tensor, z2: Tensor) -> PairCosines:
     """Positive pairs are (z1_i, z2_i), negative pairs all others; each unordered pair once.
 
-    Of the views [n, D] the first 1,000 images count: the number of pairs grows with n².
+    Of the views [n, D] the first 1,000 images count: the number of pairs grows with n². On the CPU, where
+    the cosines are drawn.
     """
     n = min(len(z1), PAIR_IMAGES)
-    z = F.normalize(torch.cat([z1[:n], z2[:n]]).float(), dim=1)
+    z = F.normalize(torch.cat([z1[:n], z2[:n]]).float().cpu(), dim=1)
     cosine = z @ z.T
-    row, column = torch.triu_indices(2 * n, 2 * n, offset=1, device=z.device)
+    row, column = torch.triu_indices(2 * n, 2 * n, offset=1)
     positive = column - row == n
     values = cosine[row, column]
     return PairCosines(values[positive], values[~positive])
@@ -80,6 +95,11 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def roomy_device(numbers: int, device: torch.device) -> torch.device:
+    """``device`` if so many float32 numbers can be scored there, else the CPU."""
+    return device if fits(COPIES * 4 * numbers, device) else torch.device("cpu")
+
+
 @torch.inference_mode()
 def extract_features(
     network: nn.Module,
@@ -89,19 +109,54 @@ def extract_features(
     batch_size: int = 512,
     bfloat16: bool = False,
 ) -> Tensor:
-    """Output [n, F] of ``network`` for uint8 ``images`` [n, C, H, W], float32 on the CPU.
+    """Output [n, F] of ``network`` for uint8 ``images`` [n, C, H, W], float32 on ``device`` if it has the room.
 
     Chunk by chunk moved to ``device`` (that of the network unless given) and preprocessed there, so the
     images may be larger than its memory. Batch norm in eval mode; the network is left as it was found.
     """
     device = device or next((p.device for p in network.parameters()), images.device)
-    with eval_mode(network), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        chunks = [network(preprocess(chunk.to(device))).float().cpu() for chunk in images.split(batch_size)]
-    return torch.cat(chunks)
+    features: Tensor | None = None
+    done = 0
+    with (
+        eval_mode(network),
+        torch.autocast(device.type, torch.bfloat16, enabled=bfloat16),
+        counting("features", len(images), "images") as advance,
+    ):
+        for chunk in images.split(batch_size):
+            rows = network(preprocess(chunk.to(device))).float()
+            if features is None:
+                place = roomy_device(len(images) * rows.shape[1], device)
+                features = rows.new_empty(len(images), rows.shape[1], device=place)
+            features[done : done + len(rows)] = rows
+            done += len(rows)
+            advance(len(rows))
+    assert features is not None  # split gives one chunk of no images at all
+    return features
 
 
-def accuracy_of(predicted: Tensor, labels: Tensor) -> float:
-    return float((predicted == labels).double().mean())
+def labelled_features(
+    network: nn.Module,
+    train: Split,
+    test: Split,
+    preprocess: Callable[[Tensor], Tensor],
+    device: torch.device,
+    bfloat16: bool = False,
+) -> Features:
+    """:func:`extract_features` of both splits, with their labels."""
+    x, x_test = (extract_features(network, s.images, preprocess, device, bfloat16=bfloat16) for s in (train, test))
+    return Features(x, train.labels, x_test, test.labels).to(x.device)
+
+
+def pixel_features(train: Split, test: Split, device: torch.device) -> Features:
+    """The pixels themselves, in [0, 1]."""
+    place = roomy_device(train.images.numel() + test.images.numel(), device)
+    x, x_test = (s.images.to(place).flatten(1).float() / 255 for s in (train, test))
+    return Features(x, train.labels, x_test, test.labels).to(place)
+
+
+def correct_share(logits: Tensor, labels: Tensor) -> Tensor:
+    """Top-1 accuracy in [0, 1] of ``logits`` [..., n, C], [...] float64 on their device."""
+    return (logits.argmax(-1) == labels).double().mean(-1)
 
 
 def knn_accuracy(features: Features, k: int = NEIGHBOURS, temperature: float = KNN_TEMPERATURE) -> float:
@@ -111,14 +166,16 @@ def knn_accuracy(features: Features, k: int = NEIGHBOURS, temperature: float = K
     at most the number of train samples; the similarities are formed for some test rows at a time.
     """
     train, labels = F.normalize(features.train, dim=1), features.train_labels
-    k, classes = min(k, len(train)), int(labels.max()) + 1
+    k, classes = min(k, len(train)), features.classes
     correct = torch.zeros((), dtype=torch.long, device=train.device)
-    rows = max(1, 2**25 // len(train))  # 128 MB of similarities
-    for test, expected in zip(features.test.split(rows), features.test_labels.split(rows), strict=True):
-        similarity, neighbour = (F.normalize(test, dim=1) @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(test), classes, device=train.device)
-        votes.scatter_add_(1, labels[neighbour], (similarity / temperature).exp())
-        correct += (votes.argmax(1) == expected).sum()
+    rows = max(1, KNN_SIMILARITIES // len(train))
+    with counting("k-NN", len(features.test), "images") as advance:
+        for test, expected in zip(features.test.split(rows), features.test_labels.split(rows), strict=True):
+            similarity, neighbour = (F.normalize(test, dim=1) @ train.T).topk(k, dim=1)
+            votes = torch.zeros(len(test), classes, device=train.device)
+            votes.scatter_add_(1, labels[neighbour], (similarity / temperature).exp())
+            correct += (votes.argmax(1) == expected).sum()
+            advance(len(test))
     return int(correct) / len(features.test)
 
 
@@ -148,7 +205,14 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
 
 
 def train_probes(
-    x: Tensor, y: Tensor, rows: Tensor, settings: Sequence[tuple[float, float]], epochs: int, batch: int, seed: int
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    classes: int,
+    settings: Sequence[tuple[float, float]],
+    epochs: int,
+    batch: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """One linear classifier per (learning rate, weight decay), all trained at once; their weights and biases.
 
@@ -156,27 +220,32 @@ def train_probes(
     ``rows`` of ``x`` [n, F] and ``y`` [n]. The minibatches are shared, so all H classifiers are one matrix
     product and each is what it would be alone. Returns [H, F, C] and [H, C].
     """
-    heads, classes, width = len(settings), int(y.max()) + 1, x.shape[1]
-    rate, decay = (x.new_tensor(column).view(heads, 1) for column in zip(*settings, strict=True))
-    weight, bias = x.new_zeros(width, heads, classes), x.new_zeros(heads, classes)
-    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    heads, width = len(settings), x.shape[1]
+    rate, decay = (x.new_tensor(column)[:, None] for column in zip(*settings, strict=True))
+    # Classes first and samples last: a softmax over the first dimension runs along whole rows of memory.
+    weight, bias = x.new_zeros(classes, heads, width), x.new_zeros(classes, heads, 1)
+    velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    label = torch.arange(classes, device=y.device)[:, None]
     batch = min(batch, len(rows))
     total, step = epochs * (len(rows) // batch), 0
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
-        for index in order[: len(rows) // batch * batch].split(batch):
-            inputs = x[index]
-            error = (torch.mm(inputs, weight.flatten(1)).view(batch, heads, classes) + bias).softmax(2)
-            error.sub_(F.one_hot(y[index], classes)[:, None]).div_(batch)  # the gradient of the logits
-            gradient = torch.mm(inputs.T, error.flatten(1)).view_as(weight)
-            weight_velocity.mul_(0.9).add_(gradient).addcmul_(weight, decay)
-            bias_velocity.mul_(0.9).add_(error.sum(0))
-            now = rate * (0.5 + 0.5 * math.cos(math.pi * step / total))
-            weight.addcmul_(weight_velocity, now, value=-1)
-            bias.addcmul_(bias_velocity, now, value=-1)
-            step += 1
-    return weight.movedim(0, 1), bias
+    with counting(f"linear probe, {heads} at once" if heads > 1 else "linear probe", total, "steps") as advance:
+        for _ in range(epochs):
+            order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+            for index in order[: len(rows) // batch * batch].split(batch):
+                inputs = x.index_select(0, index)
+                logits = torch.addmm(bias.view(-1, 1), weight.view(-1, width), inputs.T).view(classes, heads, batch)
+                error = logits.softmax(0)
+                error.sub_((y.index_select(0, index) == label)[:, None].to(x.dtype)).div_(batch)  # dL/d logits
+                velocity.view(-1, width).addmm_(error.flatten(0, 1), inputs, beta=0.9)
+                velocity.addcmul_(weight, decay)
+                bias_velocity.mul_(0.9).add_(error.sum(2, keepdim=True))
+                now = rate * (0.5 + 0.5 * math.cos(math.pi * step / total))
+                weight.addcmul_(velocity, now, value=-1)
+                bias.addcmul_(bias_velocity, now, value=-1)
+                step += 1
+                advance(1)
+    return weight.permute(1, 2, 0), bias[..., 0].T
 
 
 def linear_probe(
@@ -205,19 +274,21 @@ def linear_probe(
     batch = min(batch_size, max(1, len(fit) // 8))
     epochs = epochs or max(PROBE_EPOCHS, math.ceil(PROBE_STEPS / (len(fit) // batch)))
 
-    weight, bias = train_probes(train, y, fit, grid, epochs, batch, seed)
-    scores = []
+    weight, bias = train_probes(train, y, fit, features.classes, grid, epochs, batch, seed)
+    held_out, expected = train[hold_out], y[hold_out]
+    found = []
     for head_weight, head_bias in zip(weight, bias, strict=True):
-        logits = torch.addmm(head_bias, train[hold_out], head_weight)
-        loss = float(F.cross_entropy(logits, y[hold_out]))
-        scores.append((accuracy_of(logits.argmax(1), y[hold_out]), -loss if math.isfinite(loss) else -math.inf))
+        logits = torch.addmm(head_bias, held_out, head_weight)
+        found.append(torch.stack([correct_share(logits, expected), F.cross_entropy(logits, expected).double()]))
+    scores = [(share, -loss if math.isfinite(loss) else -math.inf) for share, loss in torch.stack(found).tolist()]
     best = max(range(len(grid)), key=lambda h: scores[h])
     lr, decay = grid[best]
-    weight, bias = train_probes(train, y, torch.arange(len(y), device=y.device), [grid[best]], epochs, batch, seed)
-    predicted = torch.addmm(bias[0], test, weight[0]).argmax(1)
+    everything = torch.arange(len(y), device=y.device)
+    weight, bias = train_probes(train, y, everything, features.classes, [grid[best]], epochs, batch, seed)
+    accuracy = float(correct_share(torch.addmm(bias[0], test, weight[0]), features.test_labels))
     # No weight decay at all is the natural end of its range, not an edge.
     edge = lr in (min(learning_rates), max(learning_rates)) or decay == max(weight_decays) > 0
-    return LinearResult(accuracy_of(predicted, features.test_labels), lr, decay, scores[best][0], edge)
+    return LinearResult(accuracy, lr, decay, scores[best][0], edge)
 
 
 def label_budgets(n: int, classes: int) -> tuple[int, ...]:
@@ -227,42 +298,59 @@ def label_budgets(n: int, classes: int) -> tuple[int, ...]:
     return tuple(max(1, round(share * n / classes)) for share in (0.01, 0.1))
 
 
-def label_draws(labels: Tensor, per_class: int, draws: int) -> list[Tensor]:
-    """Indices of ``per_class`` samples of every class, ``draws`` times; the same for every encoder.
+def label_draws(labels: Tensor, per_class: int, draws: int) -> Tensor:
+    """Indices [draws, classes · per_class] of ``per_class`` samples of every class, class by class; the same for
+    every encoder, on the device of ``labels`` [n].
 
-    Raises ValueError where a class of ``labels`` [n] has fewer than ``per_class`` samples.
+    Raises ValueError where a class has fewer than ``per_class`` samples.
     """
-    counts = labels.bincount()
+    on_host = labels.cpu()
+    counts = on_host.bincount()
     if (least := int(counts[counts > 0].min())) < per_class:
         raise ValueError(f"label_draws: {per_class} labels a class asked for, but a class has only {least} samples")
     generator = torch.Generator().manual_seed(0)
-    members = [(labels == c).nonzero().flatten() for c in counts.nonzero().flatten()]
-    return [
-        torch.cat([m[torch.randperm(len(m), generator=generator)[:per_class].to(m.device)] for m in members])
-        for _ in range(draws)
+    members = [(on_host == c).nonzero().flatten() for c in counts.nonzero().flatten()]
+    chosen = [
+        torch.cat([m[torch.randperm(len(m), generator=generator)[:per_class]] for m in members]) for _ in range(draws)
     ]
+    return torch.stack(chosen).to(labels.device)
 
 
-def fit_logistic(x: Tensor, y: Tensor, c: float, classes: int) -> Tensor:
-    """Multinomial logistic regression, weights and bias [F + 1, classes], by full-batch L-BFGS.
+def fit_logistic(x: Tensor, y: Tensor, c: float, classes: int) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regressions by full-batch L-BFGS, one for each of the samples ``x`` [N, n, F] with the
+    labels ``y`` [N, n]; weights [N, F, classes] and biases [N, 1, classes].
 
-    The objective is scikit-learn's, C Σ cross-entropy + ‖W‖² / 2 with a free bias, divided by C n, and so is the
-    tolerance.
+    The objective is scikit-learn's, C Σ cross-entropy + ‖W‖² / 2 with a free bias, divided by C n. The fits are
+    independent: their sum has its minimum where each of them has its own.
     """
-    parameters = x.new_zeros(x.shape[1] + 1, classes, requires_grad=True)
+    count, n, width = x.shape
+    decay, root = 1 / (c * n), None
+    if n > width:  # in coordinates in which the curvature at W = 0 is 1, a tenth of the steps will do
+        curvature = torch.bmm(x.mT, x) / (n * classes)
+        curvature.diagonal(dim1=1, dim2=2).add_(decay)
+        root = torch.linalg.cholesky(curvature, upper=True)
+    free = x.new_zeros(count, width, classes, requires_grad=True)
+    bias = x.new_zeros(count, 1, classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [parameters], max_iter=500, tolerance_grad=1e-4, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        [free, bias], max_iter=500, tolerance_grad=1e-5, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(torch.addmm(parameters[-1], x, parameters[:-1]), y)
-        loss = loss + parameters[:-1].square().sum() / (2 * c * len(y))
-        loss.backward()
-        return loss
+    def weight() -> Tensor:
+        return free if root is None else torch.linalg.solve_triangular(root, free, upper=True)
 
-    optimizer.step(closure)
-    return parameters.detach()
+    with counting(f"logistic regression, {count} at once", None, "evaluations") as advance:
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            now = weight()
+            loss = F.cross_entropy(torch.baddbmm(bias, x, now).flatten(0, 1), y.flatten(), reduction="sum") / n
+            loss = loss + decay / 2 * now.square().sum()
+            loss.backward()
+            advance(1)
+            return loss
+
+        optimizer.step(closure)
+    return weight().detach(), bias.detach()
 
 
 def draws_for(per_class: int) -> int:
@@ -273,12 +361,13 @@ def draws_for(per_class: int) -> int:
 def few_label_accuracy(features: Features, per_class: int, draws: int) -> tuple[float, float]:
     """Mean and standard deviation of the test accuracy over random draws of ``per_class`` labels per class."""
     train, test = scaled(features)
-    y, classes = features.train_labels, int(features.train_labels.max()) + 1
+    y, classes = features.train_labels, features.classes
+    chosen = label_draws(y, per_class, draws)
     scores = []
-    for index in label_draws(y, per_class, draws):
-        fitted = fit_logistic(train[index], y[index], FEW_LABEL_C, classes)
-        scores.append(accuracy_of(torch.addmm(fitted[-1], test, fitted[:-1]).argmax(1), features.test_labels))
-    values = torch.tensor(scores, dtype=torch.float64)
+    for index in chosen.split(max(1, FIT_NUMBERS // (chosen.shape[1] * train.shape[1]))):
+        for weight, bias in zip(*fit_logistic(train[index], y[index], FEW_LABEL_C, classes), strict=True):
+            scores.append(correct_share(torch.addmm(bias, test, weight), features.test_labels))
+    values = torch.stack(scores)
     return float(values.mean()), float(values.std()) if draws > 1 else 0.0
 
 
