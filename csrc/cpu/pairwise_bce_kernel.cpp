@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -104,6 +105,7 @@ class Ranks {
   int64_t operator()(int64_t id) const {
     return std::lower_bound(sorted_.begin(), sorted_.end(), id) - sorted_.begin();
   }
+  int64_t size() const { return int64_t(sorted_.size()); }
 
  private:
   std::vector<int64_t> sorted_;

@@ -63,7 +63,7 @@ struct TermSums {
 constexpr int kFactorsPerLog = 64;
 
 // The numbers a tile needs, in the arithmetic type.
-// Gradient coefficients are divided by `unit`, the largest of them, which comes back in finish():
+// Gradient coefficients are divided by `unit`, the largest of them, which comes back in project():
 // so a tiny weight 1/N^2 flushes nothing.
 template <typename T>
 struct TileParams {
@@ -83,7 +83,7 @@ struct TileParams {
     const double inverse = u == 0 ? 0 : 1 / u;
     grad_p = T(-gp * inverse);
     grad_n = T(gn * inverse);
-    grad_l = T(-p.weight_l * inverse);
+    grad_l = T(p.weight_l * inverse);
     unit = T(u);
   }
 };
@@ -117,8 +117,6 @@ struct TileLabels {
   using Lane = typename Simd<T>::Lane;
   const Lane* x_ids;  // of the tile's rows, or nullptr
   const Lane* y_ids;  // of the tile's columns, readable up to a whole vector
-  const T* x_norm2;   // |x_i|^2 of the tile's rows
-  const T* y_norm2;
   int64_t cols;  // columns of the tile that exist
 
   // Tile column of row i's positive and of its own column; out of range: not in this tile.
@@ -139,14 +137,12 @@ template <typename T>
 struct LabelledSums {
   using Int = typename Simd<T>::Int;
   TermSums<T> positive, negative;
-  typename Simd<T>::Vec distance{};
   Int n_positive{}, n_negative{};  // a true lane counts -1
 
   void flush(PairSums& sums) {
     positive.flush(sums.positive);
     negative.flush(sums.negative);
     for (int lane = 0; lane < kWidth<T>; ++lane) {
-      sums.distance += double(distance[lane]);
       sums.positive.count -= double(n_positive[lane]);
       sums.negative.count -= double(n_negative[lane]);
     }
@@ -182,11 +178,9 @@ void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t 
       acc.negative.add(Term<T>(term, is_neg), is_neg ? v : zero);
       acc.n_positive += is_pos;
       acc.n_negative += is_neg;
-      const Vec half_norms = (labels.x_norm2[i] + load(labels.y_norm2 + j)) * T(0.5);
-      acc.distance += is_pos ? half_norms - v : zero;
       if (kGrad) {
-        const Vec g_pos = term.sigmoid * p.grad_p + p.grad_l;
-        store(at, is_pos ? g_pos : (is_neg ? term.sigmoid * p.grad_n : zero));
+        const Vec g = term.sigmoid * (is_pos ? Vec{} + p.grad_p : Vec{} + p.grad_n);
+        store(at, (is_pos | is_neg) ? g : zero);
       }
       if (++factors == kFactorsPerLog) {
         acc.flush(sums);
