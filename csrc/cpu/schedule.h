@@ -36,7 +36,7 @@ class Progress {
   }
 
  private:
-  static constexpr int kSpins = 1000;
+  static constexpr int kSpins = 200;
   static void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
