@@ -24,6 +24,8 @@ struct PackedRows {
   Buffer<T> inverse;                   // [n up to block] 1/max(|z|, eps), 0 where the gradient is 0; 1 without
                                        // normalisation
   Buffer<T> gradient;                  // [n up to block, ld] dL/drow / unit
+  Buffer<T> pull;                      // [n up to block] dL/ds / unit of the row and its one positive, which is added
+                                       // to the gradient unrounded, after the products; nothing where there are ids
   Buffer<typename Simd<T>::Lane> ids;  // [n up to block]
 
   int64_t allocate(int64_t count, int64_t dim, int64_t block_rows, bool grad, bool with_ids) {
@@ -31,6 +33,7 @@ struct PackedRows {
     ld = odd_vectors(d);
     const int64_t padded = (n + block - 1) / block * block;
     inverse.allocate(padded);
+    pull.allocate(padded);
     if (grad) gradient.allocate(padded * ld);
     if (with_ids) ids.allocate(padded);
     return padded;

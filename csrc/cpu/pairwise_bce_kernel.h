@@ -117,7 +117,8 @@ struct TileLabels {
   using Lane = typename Simd<T>::Lane;
   const Lane* x_ids;  // of the tile's rows, or nullptr
   const Lane* y_ids;  // of the tile's columns, readable up to a whole vector
-  int64_t cols;  // columns of the tile that exist
+  T *x_pull, *y_pull;  // where dL/ds of a row's one positive goes, of the tile's rows and columns
+  int64_t cols;        // columns of the tile that exist
 
   // Tile column of row i's positive and of its own column; out of range: not in this tile.
   Lane positive(int64_t i) const { return in_tile(offset + (row0 + i + shift) % m); }
@@ -150,7 +151,8 @@ struct LabelledSums {
   }
 };
 
-// A tile with positives, self pairs, missing columns or ids.
+// A tile with positives, self pairs, missing columns or ids. A positive on the diagonal leaves 0 in s and its dL/ds
+// with its row and its column.
 template <typename T, bool kGrad>
 void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t rows, T* s, int64_t lds,
                    PairSums& sums) {
@@ -186,6 +188,11 @@ void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t 
         acc.flush(sums);
         factors = 0;
       }
+    }
+    if (kGrad && positive >= 0 && positive != self) {
+      T& at = s[i * lds + positive];
+      labels.x_pull[i] = labels.y_pull[positive] = at;
+      at = 0;
     }
   }
   acc.flush(sums);

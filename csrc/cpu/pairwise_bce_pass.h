@@ -94,7 +94,11 @@ class Pass {
       const double distance = partner < 0 ? 0 : dot<T>(rows.d, to_partner, to_partner) / 2;
       if (!in_.x_ids) {
         distances += distance;
-        partner < 0 ? project(rows, i, [](int64_t) { return Vec{}; }, out_i) : project(rows, i, to_partner, out_i);
+        const T pull = rows.pull.data()[i];
+        auto of_partner = [&](int64_t c) {
+          return pull * others.row_vector(partner, c) + params_.grad_l * to_partner(c);
+        };
+        partner < 0 ? project(rows, i, [](int64_t) { return Vec{}; }, out_i) : project(rows, i, of_partner, out_i);
         continue;
       }
       const auto own = (&rows == &x_ ? column_classes_ : row_classes_)[rows.ids.data()[i]];
@@ -102,8 +106,8 @@ class Pass {
       auto rest = [&](int64_t c) { return load(own.rest + c); };
       distances += own.count * dot<T>(rows.d, from_mean, from_mean) / 2 - dot<T>(rows.d, from_mean, rest) + own.spread;
       distances -= distance;
-      auto to_class = [&](int64_t c) { return own.count * from_mean(c) - rest(c); };
-      auto to_others = [&](int64_t c) { return to_class(c) - to_partner(c); };
+      auto to_class = [&](int64_t c) { return params_.grad_l * (own.count * from_mean(c) - rest(c)); };
+      auto to_others = [&](int64_t c) { return to_class(c) - params_.grad_l * to_partner(c); };
       partner < 0 ? project(rows, i, to_class, out_i) : project(rows, i, to_others, out_i);
     }
     return distances;
@@ -133,13 +137,13 @@ class Pass {
     return self >= 0 && self < others.n && others.ids.data()[self] == rows.ids.data()[i] ? self : -1;
   }
 
-  // Eq. (10) for row i: out [d] = (g - (row . g) row) times unit and inverse norm, g being the products' share of (9)
-  // and w_l times `pull`, its linear term. Where y = x every row is in both roles, and G is symmetric: twice that.
-  template <class Pull>
-  void project(Rows& rows, int64_t i, const Pull& pull, T* out) const {
+  // Eq. (10) for row i: out [d] = (g - (row . g) row) times unit and inverse norm, g being what the products have left
+  // of (9) and `rest`. Where y = x every row is in both roles, and G is symmetric: twice that.
+  template <class Rest>
+  void project(Rows& rows, int64_t i, const Rest& rest, T* out) const {
     if (!out) return;
     T* g = rows.gradient.data() + i * rows.ld;
-    for (int64_t c = 0; c < rows.d && params_.grad_l != 0; c += W) store(g + c, load(g + c) + params_.grad_l * pull(c));
+    for (int64_t c = 0; c < rows.d; c += W) store(g + c, load(g + c) + rest(c));
     T along = 0;
     if (in_.normalize) {
       Vec lanes{};
@@ -187,6 +191,8 @@ class Pass {
     TileLabels<T> labels;
     labels.x_ids = in_.x_ids ? x_.ids.data() + row0 : nullptr;
     labels.y_ids = in_.x_ids ? columns.ids.data() + col0 : nullptr;
+    labels.x_pull = x_.pull.data() + row0;
+    labels.y_pull = this->columns().pull.data() + col0;
     labels.cols = cols;
     labels.row0 = row0, labels.col0 = col0;
     labels.m = in_.m, labels.shift = in_.shift, labels.offset = in_.offset;
