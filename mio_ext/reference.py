@@ -15,10 +15,13 @@ Two views z1, z2 [B, D] of the same B samples; N = 2B, Z = [z1; z2], p(i) = (i +
 
 The gradient, with G_ij = ∂L/∂s_ij over ordered pairs (symmetric, zero on the diagonal):
 
-    (7)  G_{i,p(i)} = −σ(−s/τ_p − b) / (N τ_p) − λ/(B·D)
+    (7)  G_{i,p(i)} = −σ(−s/τ_p − b) / (N τ_p)
     (8)  G_ij       =  σ( s/τ_n + b) / (N(N−2) τ_n)      otherwise
-    (9)  ∂L/∂ẑ_i    = 2 Σ_j G_ij ẑ_j
+    (9)  ∂L/∂ẑ_i    = 2 Σ_j G_ij ẑ_j + 2λ/(B·D) (ẑ_i − ẑ_{p(i)})
     (10) ∂L/∂z_i    = (I − ẑ_i ẑ_iᵀ) ∂L/∂ẑ_i / ‖z_i‖     for ‖z_i‖ > 1e-12, else 0
+
+where G is that of (3) and (4). The second term of (9) is (5)'s own and stays a difference: (10) would take its ẑ_i
+out again, but where the views agree, −ẑ_{p(i)} alone leaves only rounding of what it cancels to.
 
 The form all losses share, for rows x [M, D] and columns y [K, D]:
 
@@ -26,7 +29,8 @@ The form all losses share, for rows x [M, D] and columns y [K, D]:
     (12) L    = w_p Σ_pos softplus(−ℓ) + w_n Σ_neg softplus(ℓ) + w_l/2 Σ_pos ‖x_i − y_j‖²
 
 MIO is (12) with x = y = Ẑ, a_p = 1/τ_p, a_n = 1/τ_n, w_p = 1/N, w_n = 1/(N(N−2)) and
-w_l = λ/(B·D): summed over the N ordered positive pairs, the last term is exactly (5).
+w_l = λ/(B·D): summed over the N ordered positive pairs, the last term is exactly (5). Its gradient is
+w_l (x_i − y_j) for x_i and w_l (y_j − x_i) for y_j, summed over positive pairs: the second term of (9), where x = y.
 
 With labels (supervised MIO) the positives of a row are all other rows of its label, P ordered pairs,
 and the negatives all rows of another label, Q ordered pairs; both terms stay means, and so does the
@@ -197,10 +201,11 @@ def pairwise_bce(
     col = torch.arange(k, device=x.device)
     keep = (col != offset + row) if exclude_self else torch.ones(m, k, dtype=torch.bool, device=x.device)
     if x_ids is None:
-        positive = keep & (col == offset + (row + shift) % m)
+        alike, y_alike = col == offset + (row + shift) % m, col[:, None] == col
     else:
         assert y_ids is not None
-        positive = keep & (x_ids[:, None] == y_ids)
+        alike, y_alike = x_ids[:, None] == y_ids, y_ids[:, None] == y_ids
+    positive = keep & alike
     negative = keep & ~positive
 
     def over(pairs: Tensor, values: Tensor) -> Tensor:
@@ -209,9 +214,9 @@ def pairwise_bce(
     s = x @ y.T
     logit_p, logit_n = (_positive_or_nan(a) * s + bias for a in scale)  # (11)
     loss_p, loss_n = softplus(-logit_p), softplus(logit_n)
-    distance = (x.square().sum(1)[:, None] + y.square().sum(1)) / 2 - s
+    distances = _half_squared_distances(x, y, positive, alike.int().argmax(1), y_alike.int().argmax(1))
     w_p, w_n, w_l = weights
-    loss = w_p * over(positive, loss_p) + w_n * over(negative, loss_n) + w_l * over(positive, distance)  # (12)
+    loss = w_p * over(positive, loss_p) + w_n * over(negative, loss_n) + w_l * distances  # (12)
 
     def mean(pairs: Tensor, values: Tensor) -> Tensor:
         return over(pairs, values.detach().double()) / pairs.sum()
@@ -227,6 +232,18 @@ def pairwise_bce(
         mean(negative, logit_n.sigmoid()),
     )
     return loss, stats
+
+
+def _half_squared_distances(x: Tensor, y: Tensor, pairs: Tensor, x_like: Tensor, y_like: Tensor) -> Tensor:
+    """Σ over pairs of ‖x_i − y_j‖²/2 without a square of x_i alone, exact where the two agree.
+
+    ``x_like`` [M] and ``y_like`` [K] name one column r for every two rows that are a pair, and the distance is taken
+    between x_i − r and y_j − r. What r is does not matter, so no gradient is due for it.
+    """
+    point = y.detach()
+    x, y, pairs = x - point[x_like], y - point[y_like], pairs.to(x.dtype)
+    squares = pairs.sum(1) @ x.square().sum(1) + pairs.sum(0) @ y.square().sum(1)
+    return squares / 2 - (x * (pairs @ y)).sum()
 
 
 def _positive_or_nan(scale: float | Tensor) -> float | Tensor:

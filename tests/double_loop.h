@@ -62,11 +62,13 @@ inline Result by_double_loop(const Case& c, std::vector<double> x, std::vector<d
       }
       const double a = positive ? p.scale_p : p.scale_n, t = (positive ? -1 : 1) * (a * s + p.bias);
       r.loss += (positive ? p.weight_p : p.weight_n) * std::log1p(std::exp(t));
-      double g = (positive ? -p.weight_p : p.weight_n) * a / (1 + std::exp(-t));
-      if (positive && c.normalize) r.loss += p.weight_l * distance, g -= p.weight_l;
+      const double g = (positive ? -p.weight_p : p.weight_n) * a / (1 + std::exp(-t));
+      const double w_l = positive ? p.weight_l : 0;
+      r.loss += w_l * distance;
       for (int64_t f = 0; f < c.d; ++f) {
-        r.dx[i * c.d + f] += g * y[j * c.d + f];
-        r.dy[j * c.d + f] += g * x[i * c.d + f];
+        const double a = x[i * c.d + f], b = y[j * c.d + f];
+        r.dx[i * c.d + f] += g * b + w_l * (a - b);
+        r.dy[j * c.d + f] += g * a + w_l * (b - a);
       }
     }
   auto through_norm = [&](const std::vector<double>& z, const std::vector<double>& norms, std::vector<double>& grad) {

@@ -87,7 +87,7 @@ bool check(const Case& c, double limit, double grad_limit, bool bf16 = false) {
   return good;
 }
 
-// Every tile once, and no block twice at a time; its tiles come in one order, whatever the number of workers.
+// Every tile once, between the first and the last visit of its blocks, and no block twice at a time; its tiles come in one order, whatever the number of workers.
 bool check_schedule(int64_t rows, int64_t cols, bool symmetric) {
   using Tiles = std::vector<std::pair<int64_t, int64_t>>;
   std::vector<Tiles> expected;  // of each block: rows, then columns
@@ -96,17 +96,30 @@ bool check_schedule(int64_t rows, int64_t cols, bool symmetric) {
     std::vector<Tiles> tiles(size_t(symmetric ? rows : rows + cols));
     std::vector<std::atomic<bool>> busy(tiles.size());
     std::atomic<bool> met{false};
+    std::vector<std::atomic<int>> begun(tiles.size()), ended(tiles.size());
+    auto of = [&](mio_ext::Schedule::Side side, int64_t b) {
+      return size_t(side == mio_ext::Schedule::kRows ? b : rows + b);
+    };
+    auto first = [&](mio_ext::Schedule::Side side, int64_t b) {
+      if (begun[of(side, b)]++ != 0 || !tiles[of(side, b)].empty()) met = true;
+    };
+    auto last = [&](mio_ext::Schedule::Side side, int64_t b) {
+      const size_t expected_tiles = size_t(side == mio_ext::Schedule::kRows ? cols : rows);
+      if (ended[of(side, b)]++ != 0 || tiles[of(side, b)].size() != expected_tiles) met = true;
+    };
     auto tile = [&](int64_t row, int64_t col) {
       std::set<int64_t> blocks{row, symmetric ? col : rows + col};
       for (int64_t b : blocks)
-        if (busy[size_t(b)].exchange(true)) met = true;
+        if (busy[size_t(b)].exchange(true) || begun[size_t(b)] != 1 || ended[size_t(b)] != 0) met = true;
       for (int64_t b : blocks) tiles[size_t(b)].push_back({row, col});
       std::this_thread::yield();
       for (int64_t b : blocks) busy[size_t(b)] = false;
     };
     std::vector<std::thread> threads;
-    for (int w = 0; w < workers; ++w) threads.emplace_back([&] { schedule.work(tile); });
+    for (int w = 0; w < workers; ++w) threads.emplace_back([&] { schedule.work(first, tile, last); });
     for (std::thread& thread : threads) thread.join();
+    for (const auto& times : {&begun, &ended})
+      for (const std::atomic<int>& n : *times) met = met || n != 1;
     if (workers == 1) expected = tiles;
     std::set<std::pair<int64_t, int64_t>> seen;
     int64_t count = 0;

@@ -69,9 +69,9 @@ def test_gradient_is_equations_7_to_10():
     g = torch.sigmoid(s / tau_n + b) / (n * (n - 2) * tau_n)  # (8)
     i = torch.arange(n)
     p = (i + batch) % n
-    g[i, p] = -torch.sigmoid(-s[i, p] / tau_p - b) / (n * tau_p) - lam / (batch * dim)  # (7)
+    g[i, p] = -torch.sigmoid(-s[i, p] / tau_p - b) / (n * tau_p)  # (7)
     g[i, i] = 0
-    d_unit = 2 * g @ unit  # (9)
+    d_unit = 2 * g @ unit + 2 * lam / (batch * dim) * (unit - unit[p])  # (9)
     expected = (d_unit - unit * (unit * d_unit).sum(1, keepdim=True)) / norm  # (10)
     assert relative_error(grad, expected) < 1e-13
 

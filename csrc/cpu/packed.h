@@ -17,14 +17,15 @@ double sum_of_squares(const T* in, int64_t d) {
   return sum;
 }
 
-// What every layout of a set of rows has: gradients, norms, ids.
+// What every layout of a set of rows has: gradients, inverse norms, ids.
 template <typename T>
 struct PackedRows {
   int64_t n, d, block, ld;             // ld: row stride, an odd number of vectors, so that rows do not share cache sets
   Buffer<T> inverse;                   // [n up to block] 1/max(|z|, eps), 0 where the gradient is 0; 1 without
                                        // normalisation
-  Buffer<T> norm2;                     // [n up to block] |row|^2 after normalisation
   Buffer<T> gradient;                  // [n up to block, ld] dL/drow / unit
+  Buffer<T> pull;                      // [n up to block] dL/ds / unit of the row and its one positive, which is added
+                                       // to the gradient unrounded, after the products; nothing where there are ids
   Buffer<typename Simd<T>::Lane> ids;  // [n up to block]
 
   int64_t allocate(int64_t count, int64_t dim, int64_t block_rows, bool grad, bool with_ids) {
@@ -32,7 +33,7 @@ struct PackedRows {
     ld = odd_vectors(d);
     const int64_t padded = (n + block - 1) / block * block;
     inverse.allocate(padded);
-    norm2.allocate(padded);
+    pull.allocate(padded);
     if (grad) gradient.allocate(padded * ld);
     if (with_ids) ids.allocate(padded);
     return padded;
@@ -49,7 +50,7 @@ constexpr int64_t kFeatures = 128;
 // Normalised rows in the arithmetic type.
 template <typename T>
 struct Packed : PackedRows<T> {
-  using PackedRows<T>::n, PackedRows<T>::d, PackedRows<T>::ld, PackedRows<T>::inverse, PackedRows<T>::norm2;
+  using PackedRows<T>::n, PackedRows<T>::d, PackedRows<T>::ld, PackedRows<T>::inverse;
   using PackedRows<T>::gradient, PackedRows<T>::block;
   struct Scratch {
     void allocate(int64_t, int64_t) {}
@@ -76,7 +77,6 @@ struct Packed : PackedRows<T> {
       const double norm = __builtin_sqrt(sum);
       const double scale = !normalize ? 1 : 1 / (norm < kNormEps ? kNormEps : norm);
       inverse.data()[i] = normalize && norm <= kNormEps ? T(0) : T(scale);
-      norm2.data()[i] = T(sum * scale * scale);
       for (int64_t c = 0; c < d; ++c) row[c] = i < n ? T(in[c] * scale) : T(0);
       for (int64_t c = d; c < ld; ++c) row[c] = 0;
       if (gradient.data())

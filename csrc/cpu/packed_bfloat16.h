@@ -93,10 +93,9 @@ struct PackedBfloat16 : PackedRows<float> {
 
   void pack_row(const float* z, int64_t i, bool normalize) {
     const float* in = z + i * d;
-    const double norm2_in = i < n ? sum_of_squares(in, d) : 0, norm = __builtin_sqrt(norm2_in);
+    const double norm = i < n ? __builtin_sqrt(sum_of_squares(in, d)) : 0;
     const double scale = !normalize ? 1 : 1 / (norm < kNormEps ? kNormEps : norm);
     inverse.data()[i] = normalize && norm <= kNormEps ? 0.0f : float(scale);
-    norm2.data()[i] = float(norm2_in * scale * scale);
     // A power of two, which is exact, keeps products of rows of any norm inside float32's range.
     const bool scalable = normalize && norm > kNormEps && norm < 1e30;
     const double power = scalable ? __builtin_ldexp(1.0, -__builtin_ilogb(norm)) : 1;

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -104,6 +105,7 @@ class Ranks {
   int64_t operator()(int64_t id) const {
     return std::lower_bound(sorted_.begin(), sorted_.end(), id) - sorted_.begin();
   }
+  int64_t size() const { return int64_t(sorted_.size()); }
 
  private:
   std::vector<int64_t> sorted_;
@@ -184,8 +186,21 @@ const std::string& chosen() {
 
 std::string cpu_instruction_set() { return chosen(); }
 
+namespace {
+
+// As many threads as the work pays for. A small problem is done in the time that another thread may take to be given a
+// core, and the call returns no sooner than it: one for every 2^24 pairs times features (docs/performance.md).
+template <typename T>
+int threads_worth(const PairwiseBCE<T>& p, int threads) {
+  const double products = double(p.m) * double(p.k) * double(p.d) / (p.y == nullptr ? 2 : 1);
+  return int(std::clamp(products / double(1 << 24), 1.0, double(threads)));
+}
+
+}  // namespace
+
 template <typename T>
 PairSums pairwise_bce_cpu(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel) {
+  threads = threads_worth(problem, threads);
 #if defined(MIO_X86_TARGETS)
   if (chosen() == "avx512bf16") return avx512bf16::run(problem, threads, parallel);
   if (chosen() == "avx512") return avx512::run(problem, threads, parallel);

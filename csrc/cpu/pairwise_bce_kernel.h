@@ -63,7 +63,7 @@ struct TermSums {
 constexpr int kFactorsPerLog = 64;
 
 // The numbers a tile needs, in the arithmetic type.
-// Gradient coefficients are divided by `unit`, the largest of them, which comes back in finish():
+// Gradient coefficients are divided by `unit`, the largest of them, which comes back in project():
 // so a tiny weight 1/N^2 flushes nothing.
 template <typename T>
 struct TileParams {
@@ -83,7 +83,7 @@ struct TileParams {
     const double inverse = u == 0 ? 0 : 1 / u;
     grad_p = T(-gp * inverse);
     grad_n = T(gn * inverse);
-    grad_l = T(-p.weight_l * inverse);
+    grad_l = T(p.weight_l * inverse);
     unit = T(u);
   }
 };
@@ -117,9 +117,8 @@ struct TileLabels {
   using Lane = typename Simd<T>::Lane;
   const Lane* x_ids;  // of the tile's rows, or nullptr
   const Lane* y_ids;  // of the tile's columns, readable up to a whole vector
-  const T* x_norm2;   // |x_i|^2 of the tile's rows
-  const T* y_norm2;
-  int64_t cols;  // columns of the tile that exist
+  T *x_pull, *y_pull;  // where dL/ds of a row's one positive goes, of the tile's rows and columns
+  int64_t cols;        // columns of the tile that exist
 
   // Tile column of row i's positive and of its own column; out of range: not in this tile.
   Lane positive(int64_t i) const { return in_tile(offset + (row0 + i + shift) % m); }
@@ -139,14 +138,12 @@ template <typename T>
 struct LabelledSums {
   using Int = typename Simd<T>::Int;
   TermSums<T> positive, negative;
-  typename Simd<T>::Vec distance{};
   Int n_positive{}, n_negative{};  // a true lane counts -1
 
   void flush(PairSums& sums) {
     positive.flush(sums.positive);
     negative.flush(sums.negative);
     for (int lane = 0; lane < kWidth<T>; ++lane) {
-      sums.distance += double(distance[lane]);
       sums.positive.count -= double(n_positive[lane]);
       sums.negative.count -= double(n_negative[lane]);
     }
@@ -154,7 +151,8 @@ struct LabelledSums {
   }
 };
 
-// A tile with positives, self pairs, missing columns or ids.
+// A tile with positives, self pairs, missing columns or ids. A positive on the diagonal leaves 0 in s and its dL/ds
+// with its row and its column.
 template <typename T, bool kGrad>
 void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t rows, T* s, int64_t lds,
                    PairSums& sums) {
@@ -182,16 +180,19 @@ void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t 
       acc.negative.add(Term<T>(term, is_neg), is_neg ? v : zero);
       acc.n_positive += is_pos;
       acc.n_negative += is_neg;
-      const Vec half_norms = (labels.x_norm2[i] + load(labels.y_norm2 + j)) * T(0.5);
-      acc.distance += is_pos ? half_norms - v : zero;
       if (kGrad) {
-        const Vec g_pos = term.sigmoid * p.grad_p + p.grad_l;
-        store(at, is_pos ? g_pos : (is_neg ? term.sigmoid * p.grad_n : zero));
+        const Vec g = term.sigmoid * (is_pos ? Vec{} + p.grad_p : Vec{} + p.grad_n);
+        store(at, (is_pos | is_neg) ? g : zero);
       }
       if (++factors == kFactorsPerLog) {
         acc.flush(sums);
         factors = 0;
       }
+    }
+    if (kGrad && positive >= 0 && positive != self) {
+      T& at = s[i * lds + positive];
+      labels.x_pull[i] = labels.y_pull[positive] = at;
+      at = 0;
     }
   }
   acc.flush(sums);

@@ -7,6 +7,7 @@
 #else
 #include "packed.h"
 #endif
+#include "linear.h"
 
 namespace mio_ext {
 namespace MIO_ISA {
@@ -14,6 +15,9 @@ namespace MIO_ISA {
 // Rows: Packed<T>, or PackedBfloat16 where T is float.
 template <typename T, typename Rows>
 class Pass {
+  using Vec = typename Simd<T>::Vec;
+  static constexpr int W = kWidth<T>;
+
  public:
   explicit Pass(const PairwiseBCE<T>& problem)
       : in_(problem),
@@ -28,14 +32,12 @@ class Pass {
 
   // Row blocks own the sums of their tiles: added in the order of the schedule, not of the threads.
   PairSums run(int threads, const Parallel& parallel) {
-    each_block(threads, parallel, x_, in_.x);
-    if (!symmetric_) each_block(threads, parallel, y_, in_.y);
     if (in_.x_ids) {
       const Ranks ranks(in_.x_ids, in_.m, in_.y_ids, symmetric_ ? 0 : in_.k);
       for (int64_t i = 0; i < in_.m; ++i) x_.ids.data()[i] = ranks(in_.x_ids[i]);
       for (int64_t j = 0; !symmetric_ && j < in_.k; ++j) y_.ids.data()[j] = ranks(in_.y_ids[j]);
+      ids_ = ranks.size();
     }
-
     const int64_t row_blocks = (in_.m + row_block_ - 1) / row_block_;
     const int64_t col_blocks = (columns().n + col_block_ - 1) / col_block_;
     std::vector<PairSums> sums(row_blocks);
@@ -45,12 +47,21 @@ class Pass {
       logits.allocate(row_block_ * tile_ld());
       typename Rows::Scratch scratch;
       scratch.allocate(row_block_, col_block_);
-      schedule.work([&](int64_t row, int64_t col) {
-        tile(row * row_block_, col * col_block_, logits.data(), scratch, sums[row]);
-      });
+      schedule.work(
+          [&](Schedule::Side side, int64_t block) {
+            side == Schedule::kRows ? x_.pack(in_.x, block * row_block_, in_.normalize)
+                                    : y_.pack(in_.y, block * col_block_, in_.normalize);
+          },
+          [&](int64_t row, int64_t col) {
+            tile(row * row_block_, col * col_block_, logits.data(), scratch, sums[row]);
+          },
+          [&](Schedule::Side side, int64_t block) {
+            if (side == Schedule::kRows)
+              sums[block].distance = finish(x_, columns(), block * row_block_, in_.dx);
+            else if (in_.dy)
+              finish(y_, x_, block * col_block_, in_.dy);
+          });
     });
-    each_row(threads, parallel, x_, in_.dx);
-    if (!symmetric_) each_row(threads, parallel, y_, in_.dy);
 
     PairSums total;
     for (const PairSums& s : sums) total.add(s, 1);
@@ -71,43 +82,81 @@ class Pass {
   int64_t tile_ld() const { return col_block_ + kWidth<T>; }  // an odd number of vectors
   Rows& columns() { return symmetric_ ? x_ : y_; }
 
-  void each_block(int threads, const Parallel& parallel, Rows& packed, const T* z) {
-    std::atomic<int64_t> next{0};
-    parallel(threads, [&](int) {
-      for (int64_t first; (first = next.fetch_add(packed.block)) < packed.n;) packed.pack(z, first, in_.normalize);
-    });
+  // A block of x or y when all its tiles are done: its gradient, where that is wanted, and half the squared distances
+  // of its positive pairs. `others` are the rows it was paired with.
+  double finish(Rows& rows, const Rows& others, int64_t first, T* out) {
+    if (in_.x_ids) std::call_once(classes_gathered_, [this] { gather_classes(); });
+    double distances = 0;
+    for (int64_t i = first; i < rows.n && i < first + rows.block; ++i) {
+      T* const out_i = out ? out + i * rows.d : nullptr;
+      const int64_t partner = in_.x_ids ? excluded(rows, others, i) : positive(rows, i);
+      auto to_partner = [&](int64_t c) { return rows.row_vector(i, c) - others.row_vector(partner, c); };
+      const double distance = partner < 0 ? 0 : dot<T>(rows.d, to_partner, to_partner) / 2;
+      if (!in_.x_ids) {
+        distances += distance;
+        const T pull = rows.pull.data()[i];
+        auto of_partner = [&](int64_t c) {
+          return pull * others.row_vector(partner, c) + params_.grad_l * to_partner(c);
+        };
+        partner < 0 ? project(rows, i, [](int64_t) { return Vec{}; }, out_i) : project(rows, i, of_partner, out_i);
+        continue;
+      }
+      const auto own = (&rows == &x_ ? column_classes_ : row_classes_)[rows.ids.data()[i]];
+      auto from_mean = [&](int64_t c) { return rows.row_vector(i, c) - load(own.mean + c); };
+      auto rest = [&](int64_t c) { return load(own.rest + c); };
+      distances += own.count * dot<T>(rows.d, from_mean, from_mean) / 2 - dot<T>(rows.d, from_mean, rest) + own.spread;
+      distances -= distance;
+      auto to_class = [&](int64_t c) { return params_.grad_l * (own.count * from_mean(c) - rest(c)); };
+      auto to_others = [&](int64_t c) { return to_class(c) - params_.grad_l * to_partner(c); };
+      partner < 0 ? project(rows, i, to_class, out_i) : project(rows, i, to_others, out_i);
+    }
+    return distances;
   }
 
-  // Where y = x every row is in both roles, and G is symmetric: twice the row gradient, eq. (9).
-  void each_row(int threads, const Parallel& parallel, const Rows& packed, T* out) {
+  void gather_classes() {
+    column_classes_.gather(columns(), ids_);
+    if (in_.dy) row_classes_.gather(x_, ids_);
+  }
+
+  // The one positive of row i of a side, among those of the other; -1: it has none.
+  int64_t positive(const Rows& rows, int64_t i) const {
+    if (in_.exclude_self && in_.shift == 0) return -1;
+    if (&rows == &x_) {
+      const int64_t j = in_.offset + (i + in_.shift) % in_.m;
+      return j < in_.k ? j : -1;
+    }
+    const int64_t own = i - in_.offset;
+    return own >= 0 && own < in_.m ? (own - in_.shift + in_.m) % in_.m : -1;
+  }
+
+  // The row that row i of a side shares an id with and is yet no pair with; -1: there is none. Where y = x it is i
+  // itself, at a distance of 0.
+  int64_t excluded(const Rows& rows, const Rows& others, int64_t i) const {
+    if (!in_.exclude_self || symmetric_) return -1;
+    const int64_t self = &rows == &x_ ? in_.offset + i : i - in_.offset;
+    return self >= 0 && self < others.n && others.ids.data()[self] == rows.ids.data()[i] ? self : -1;
+  }
+
+  // Eq. (10) for row i: out [d] = (g - (row . g) row) times unit and inverse norm, g being what the products have left
+  // of (9) and `rest`. Where y = x every row is in both roles, and G is symmetric: twice that.
+  template <class Rest>
+  void project(Rows& rows, int64_t i, const Rest& rest, T* out) const {
     if (!out) return;
-    std::atomic<int64_t> next{0};
-    constexpr int64_t kRows = 64;
-    parallel(threads, [&](int) {
-      for (int64_t first; (first = next.fetch_add(kRows)) < packed.n;)
-        for (int64_t i = first; i < packed.n && i < first + kRows; ++i)
-          finish(packed, i, params_.unit * (symmetric_ ? 2 : 1), out + i * packed.d);
-    });
-  }
-
-  // Eq. (10): out [d] = unit inverse (g - (row . g) row), for row i.
-  void finish(const Rows& packed, int64_t i, T unit, T* out) const {
-    using Vec = typename Simd<T>::Vec;
-    constexpr int W = kWidth<T>;
-    const T* g = packed.gradient.data() + i * packed.ld;
+    T* g = rows.gradient.data() + i * rows.ld;
+    for (int64_t c = 0; c < rows.d; c += W) store(g + c, load(g + c) + rest(c));
     T along = 0;
     if (in_.normalize) {
       Vec lanes{};
-      for (int64_t c = 0; c < packed.d; c += W) lanes += load(g + c) * packed.row_vector(i, c);
+      for (int64_t c = 0; c < rows.d; c += W) lanes += load(g + c) * rows.row_vector(i, c);
       for (int lane = 0; lane < W; ++lane) along += lanes[lane];
     }
-    const T scale = unit * packed.inverse.data()[i];
-    for (int64_t c = 0; c < packed.d; c += W) {
-      const Vec v = scale * (load(g + c) - along * packed.row_vector(i, c));
-      if (c + W <= packed.d)
+    const T scale = params_.unit * (symmetric_ ? 2 : 1) * rows.inverse.data()[i];
+    for (int64_t c = 0; c < rows.d; c += W) {
+      const Vec v = scale * (load(g + c) - along * rows.row_vector(i, c));
+      if (c + W <= rows.d)
         __builtin_memcpy(out + c, &v, sizeof v);
       else
-        for (int lane = 0; c + lane < packed.d; ++lane) out[c + lane] = v[lane];
+        for (int lane = 0; c + lane < rows.d; ++lane) out[c + lane] = v[lane];
     }
   }
 
@@ -142,8 +191,8 @@ class Pass {
     TileLabels<T> labels;
     labels.x_ids = in_.x_ids ? x_.ids.data() + row0 : nullptr;
     labels.y_ids = in_.x_ids ? columns.ids.data() + col0 : nullptr;
-    labels.x_norm2 = x_.norm2.data() + row0;
-    labels.y_norm2 = columns.norm2.data() + col0;
+    labels.x_pull = x_.pull.data() + row0;
+    labels.y_pull = this->columns().pull.data() + col0;
     labels.cols = cols;
     labels.row0 = row0, labels.col0 = col0;
     labels.m = in_.m, labels.shift = in_.shift, labels.offset = in_.offset;
@@ -167,6 +216,9 @@ class Pass {
   const TileParams<T> params_;
   const int64_t row_block_, col_block_;
   Rows x_, y_;
+  int64_t ids_ = 0;  // different ones
+  std::once_flag classes_gathered_;
+  Classes<T> column_classes_, row_classes_;
 };
 
 template <typename T>
