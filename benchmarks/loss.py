@@ -53,7 +53,7 @@ from benchmarks.harness.paths import ROOT
 from benchmarks.harness.plan import Case, History, Limits, all_cases, parse_case
 from benchmarks.harness.report_loss import time_table
 from benchmarks.harness.tables import by_case, case_order, is_ours, text_table
-from mio_ext import ops
+from mio_ext.backends import BACKENDS, unavailable_reason
 
 CHECK_ROWS = 512  #: of the comparison with float64; the paper's form takes gigabytes beyond
 #: Relative error of loss and gradient that a contender may have. 16-bit logits, as peers have, get 16-bit room.
@@ -323,7 +323,7 @@ def main() -> None:
     args = parser.parse_args()
     device = device_type()
     if not backends(device):
-        reasons = "; ".join(f"{b}: {ops.unavailable_reason(b)}" for b in ops.BACKENDS if ops.unavailable_reason(b))
+        reasons = "; ".join(f"{b}: {unavailable_reason(b)}" for b in BACKENDS if unavailable_reason(b))
         print(f"loss.py: no backend to measure on {device}: {reasons}", file=sys.stderr)
         sys.exit(2)
     seconds = args.seconds or (1.0 if device == "cpu" else 0.3)

@@ -7,7 +7,7 @@ from conftest import TOLERANCE, assert_no_worse_than, relative_error, views
 from test_mio_loss import both
 
 from mio_ext import mio_loss, siglip_loss
-from mio_ext.ops import unavailable_reason
+from mio_ext.backends import unavailable_reason
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

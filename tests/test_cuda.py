@@ -12,31 +12,31 @@ from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, run_
 from test_mio_loss import both
 from torch.utils import cpp_extension
 
-from mio_ext import mio_loss, ops, siglip_loss
+from mio_ext import backends, mio_loss, siglip_loss
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_why_it_cannot_run():
     z = torch.randn(4, 3)
-    why = "there is no CUDA GPU" if ops.extension.cuda else "the extension was built without CUDA"
+    why = "there is no CUDA GPU" if backends.extension.cuda else "the extension was built without CUDA"
     with pytest.raises(RuntimeError, match=f"mio_loss: backend 'cuda' cannot run: {why}"):
         mio_loss(z, z, backend="cuda")
 
 
 def test_build_without_cuda_says_so(monkeypatch):
-    monkeypatch.setattr(ops.extension, "cuda", None)
-    reason = ops.unavailable_reason("cuda")
+    monkeypatch.setattr(backends.extension, "cuda", None)
+    reason = backends.unavailable_reason("cuda")
     assert reason == "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext does it or says why"
 
 
 def test_machine_code():
     """No spills, the matrix instructions that are due, all exponentials: in the objects of this build."""
-    if ops.extension.cuda is None:
+    if backends.extension.cuda is None:
         pytest.skip("the extension was built without CUDA")
     pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton")
     result = run_python("benchmarks/cuda_resources.py")
     assert result.returncode == 0, result.stdout + result.stderr
-    for architecture in re.findall(r"\d+\.\d+a?", ops.extension.cuda):
+    for architecture in re.findall(r"\d+\.\d+a?", backends.extension.cuda):
         assert f"sm_{architecture.replace('.', '')} " in result.stdout
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, views
 
 from mio_ext import mio_loss, siglip_loss
-from mio_ext.ops import extension, unavailable_reason
+from mio_ext.backends import extension, unavailable_reason
 
 REASON = unavailable_reason("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"cuda: {REASON}")]

@@ -186,7 +186,7 @@ MISTAKES = [
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     if arguments == ["--loss-backend", "cuda"]:
-        monkeypatch.setattr("mio_ext.ops.unavailable_reason", lambda backend: "not built")
+        monkeypatch.setattr("mio_ext.backends.unavailable_reason", lambda backend: "not built")
     output = tmp_path / "run"
     assert pretrain.run(["--device", "cpu", "--output", str(output), *arguments]) == 2
     error = capsys.readouterr().err
@@ -243,8 +243,8 @@ def test_a_missing_package_is_named(module, package, tmp_path):
 
 
 def test_an_extension_that_is_not_built_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("mio_ext.ops.extension", None)
-    monkeypatch.setattr("mio_ext.ops._build_error", "no module named mio_ext._C", raising=False)
+    monkeypatch.setattr("mio_ext.backends.extension", None)
+    monkeypatch.setattr("mio_ext.backends._build_error", "no module named mio_ext._C", raising=False)
     assert pretrain.run(["--device", "cpu", "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert re.match(r"pretrain.py: --loss-backend auto: .*not built.*setup.py build_ext.*", error)

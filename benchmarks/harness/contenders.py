@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mio_ext import mio_loss, ops, siglip_loss
+from mio_ext import available_backends, mio_loss, siglip_loss
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1" if (os.cpu_count() or 1) < 8 else "8")
 # What the compiler says about itself and about a toolkit it does not need.
@@ -162,7 +162,7 @@ def nt_xent() -> Loss:
 
 def backends(device: str) -> list[str]:
     """Our fused backends for tensors of this device type; the first one takes every width."""
-    return [b for b in (("cpu",) if device == "cpu" else ("triton", "cuda")) if b in ops.available_backends()]
+    return [b for b in (("cpu",) if device == "cpu" else ("triton", "cuda")) if b in available_backends()]
 
 
 def contenders(loss: str, device: str) -> tuple[dict[str, Loss], dict[str, str]]:
