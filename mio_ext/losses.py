@@ -125,10 +125,12 @@ def mio_arguments(
     if batch < (2 if processes == 1 else 1):
         least = "at least 2 rows, else there are no negatives" if processes == 1 else "at least 1 row"
         raise ValueError(f"{op}: z1 must have {least}, got {list(z1.shape)}")
-    negative_temperature = temperature if negative_temperature is None else negative_temperature
     temperature = checks.check_number(op, "temperature", temperature, z1, positive=True)
-    negative_temperature = checks.check_number(op, "negative_temperature", negative_temperature, z1, positive=True)
-    bias = checks.check_number(op, "bias", 0.0 if bias is None else bias, z1)
+    if negative_temperature is None:
+        negative_temperature = temperature
+    else:
+        negative_temperature = checks.check_number(op, "negative_temperature", negative_temperature, z1, positive=True)
+    bias = 0.0 if bias is None else checks.check_number(op, "bias", bias, z1)
     regularizer = checks.check_number(op, "regularizer", regularizer, z1)
     ids = None
     if labels is not None:
