@@ -27,6 +27,7 @@ PAGES = ("README.md", "docs/performance.md")
 PLOTS = "docs/plots"
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "claim": report_loss.claim,
     "loss": report_loss.readme_loss,
     "digits": report_training.readme_digits,
     "cifar": report_training.readme_cifar,

@@ -42,6 +42,23 @@ def readme_loss() -> str:
     return "\n\n".join(readme_loss_table(path) for path in data_files("loss"))
 
 
+def claim() -> str:
+    """A line a machine: the largest batch of MIO that eager PyTorch was timed at, and what both take."""
+    lines = []
+    for path in data_files("loss"):
+        data = json.loads(path.read_text())
+        shown = usual_cases(data, data["results"])
+        cases = [(c, v) for c, v in shown.items() if c[0] == "mio" and v.get("eager", {}).get("status") == "ok"]
+        (_, n, dim, dtype, _), contenders = max(cases, key=lambda case: case[0][1:3])
+        ours, eager = our_row(contenders), contenders["eager"]
+        lines.append(
+            f"- **{data['device']}**, N = {n:,}, D = {dim}, {dtype}: loss and gradient in "
+            f"**{time_cell(ours, None, memory=True)}**; the best dense PyTorch takes "
+            f"{time_cell(eager, ours, memory=True)}."
+        )
+    return "\n".join(lines)
+
+
 def readme_loss_table(path: Path) -> str:
     data = json.loads(path.read_text())
     shown = usual_cases(data, data["results"], README_SIZES[data["device_type"]])
