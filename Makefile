@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help pretrain test build lint format cpp package bench bench-check gpu-check clean
+.PHONY: help pretrain test build lint format hook cpp package bench bench-check gpu-check clean
 
 help:
 	@echo "make pretrain   set up, build, and pre-train on the default data (ARGS='--epochs 5' adds options)"
 	@echo "make test       set up, build, and run the test suite"
 	@echo "make build      the set-up alone: $(VENV) and the extension in place"
 	@echo "make lint       ruff, clang-format and mypy        make format   let them mend what they can"
+	@echo "make hook       have git run make lint before each commit"
 	@echo "make cpp        the kernels as a C++ library, their C++ test and microbenchmark (CMake)"
 	@echo "make package    sdist and wheel, installed into an empty folder and imported"
 	@echo "make gpu-check  on a GPU, with the system's own packages: build, tests, benchmarks, profile, training; 10 minutes"
@@ -41,6 +42,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
+
+# Before each commit, in this clone.
+hook:
+	printf '#!/bin/sh\nexec make lint\n' > "$$(git rev-parse --git-path hooks)/pre-commit"
+	chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
