@@ -15,6 +15,7 @@ loop, or if a kernel lacks exponentials: a compiler has left a whole branch out 
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -23,9 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from triton_resources import main_loop
+from benchmarks.harness.machine_code import main_loop, tool
+from benchmarks.harness.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 ROW = "{:<7} {:<23} {:>4} {:>5} {:>5} {:>9} {:>6} {:>6} {:>5} {:>10}  {}"
 HEAD = (
     "arch",
@@ -62,13 +63,6 @@ class Kernel(NamedTuple):
     exponentials: int
     special: float | None  #: special functions per exponential in a sweep's main loop
     loop: str
-
-
-def tool(name: str) -> Path:
-    """cuobjdump and nvdisasm come with Triton."""
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def run(*command: object, cwd: str | None = None) -> str:
@@ -163,7 +157,9 @@ def cubins(paths: list[Path]) -> Iterator[Path]:
 
 
 def main() -> None:
-    paths = [Path(p) for p in sys.argv[1:]] or sorted(ROOT.glob("build/temp*/csrc/cuda/pairwise_bce_*.o"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, help="objects, or .cubin files (default what setup.py built)")
+    paths = parser.parse_args().paths or sorted(ROOT.glob("build/temp*/csrc/cuda/pairwise_bce_*.o"))
     if not paths:
         print(
             "cuda_resources: no CUDA objects under build/; run: FORCE_CUDA=1 python setup.py build_ext", file=sys.stderr

@@ -20,13 +20,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from mio_ext.triton_tiles import SLICE_WIDTH, TILES, Tile, terms_tile, tile_for  # noqa: E402
+from benchmarks.harness.machine_code import ANY_MATRIX, main_loop, tool
+from mio_ext.triton_tiles import SLICE_WIDTH, TILES, Tile, terms_tile, tile_for
 
 #: Generation (compute capability / 10) -> what its tensor cores' instruction is called.
 MATRIX = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
@@ -44,8 +41,6 @@ LEGACY = {
     (100, "fp16x3", 128, "labels"),
     (100, "fp16x3", 256, "labels"),
 }
-#: Any of them, dense or sparse, of any type, in machine code.
-ANY_MATRIX = r"\b(?:[HIDQB]MMA|[HIQ]GMMA|UTC[A-Z]*MMA)\b"
 ROW = "{:<4} {:<8} {:<6} {:<16} {:<22} {:>4} {:>6} {:>6} {:<12} {:>10}"
 SHARED_MEMORY = {8: 99, 9: 227, 10: 227, 12: 99}  # KiB a program may have; 8.0 has 163, 8.6 and 8.9 have 99
 
@@ -189,29 +184,12 @@ def compile_entry(entry: Entry) -> Resources:
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
     """(machine code, resource usage)."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = [subprocess.run([tools / t, option, file.name], capture_output=True, text=True, check=True).stdout
+        run = [subprocess.run([tool(t), option, file.name], capture_output=True, text=True, check=True).stdout
                for t, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))]  # fmt: skip
     return run[0], run[1]
-
-
-def main_loop(code: str) -> str:
-    """The shortest loop with matrix and special-function instructions in it; empty if there is none."""
-    lines = code.splitlines()
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-    loops = []
-    for i, line in enumerate(lines):
-        jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
-        if jump and labels.get(jump[1], i) < i:
-            body = "\n".join(lines[labels[jump[1]] : i + 1])
-            if re.search(ANY_MATRIX, body) and "MUFU.EX2" in body:
-                loops.append(body)
-    return min(loops, key=len, default="")
 
 
 def faults(entry: Entry, found: Resources) -> list[str]:

@@ -15,16 +15,12 @@ import itertools
 import re
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from triton_resources import Entry, compile_entry, faults, sweep_constants  # noqa: E402
-
-from mio_ext import mio_loss, triton_backend, triton_tiles  # noqa: E402
+from benchmarks.harness.paths import ROOT
+from benchmarks.triton_resources import Entry, compile_entry, faults, sweep_constants
+from mio_ext import mio_loss, triton_backend, triton_tiles
 
 SIZES = {"TILES": 32_768, "SMALL_TILES": 256}  # rows
 

@@ -185,13 +185,11 @@ def test_a_part_of_the_cases_leaves_the_committed_data_alone(monkeypatch, tmp_pa
     assert {"mine/x.json", "mine/x.csv"} <= files
 
 
-@pytest.mark.parametrize(
-    "how, name",
-    [
-        *(("file", n) for n in ["loss", "step", "accuracy", "report", "check_ratios", "gpu_check", "collect"]),
-        ("module", "loss"),
-    ],
-)
+SCRIPTS = ["loss", "step", "accuracy", "report", "check_ratios", "gpu_check", "collect"]
+SCRIPTS += ["cuda_resources", "triton_resources", "triton_tiles"]
+
+
+@pytest.mark.parametrize("how, name", [*(("file", name) for name in SCRIPTS), ("module", "loss")])
 def test_scripts_run_as_files_and_as_modules_and_help_does_nothing(how, name, tmp_path):
     """From any folder as files: benchmarks/benchmarks.py makes the package and mio_ext importable."""
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks").rglob("*") if path.suffix != ".pyc"}
