@@ -75,7 +75,7 @@ def fast_probes(monkeypatch):
         "linear_all": 3.0,
         "knn": 4.0,
     }
-    monkeypatch.setattr("train.pretrain.evaluate_features", lambda features, budgets: row)
+    monkeypatch.setattr("train.scoring.evaluate_features", lambda features, budgets: row)
     monkeypatch.setattr("train.plots.plot_embedding", lambda *arguments: None)
 
 

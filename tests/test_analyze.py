@@ -17,9 +17,10 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT))
 from mio_ext import analysis, reference
 from train import analysis_plots, analyze, pretrain
+from train.assemble import load_run
 from train.config import load_config
-from train.evaluate import load_run
-from train.probes import PairCosines
+from train.displacement import Displacement
+from train.features import PairCosines
 from train.run_folder import ANALYSIS_PLOTS
 
 THEORY = (ROOT / "docs" / "theory.md").read_text()
@@ -83,7 +84,7 @@ def test_step_0_is_the_run_s_own_start(analysed):
     """The untrained network is rebuilt from the seed: its first loss, as the run saw it, is near that of the log."""
     run, values = analysed
     config, setup = load_config(run), load_run(run, "cpu", None)
-    fresh = pretrain.set_up(dataclasses.replace(config, device="cpu")).model.state_dict()
+    fresh = pretrain.assemble(dataclasses.replace(config, device="cpu")).model.state_dict()
     rebuilt = analyze.untrained_like(config, setup).state_dict()
     assert all(torch.equal(rebuilt[name], value) for name, value in fresh.items())
     trained = setup.model.state_dict()
@@ -106,7 +107,7 @@ def test_measuring_leaves_the_model_alone(run):
 
 def test_r2_and_relative_error():
     predicted, measured = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]])
-    move = analyze.Displacement(0.1, predicted, measured)
+    move = Displacement(0.1, predicted, measured)
     assert move.r2 == pytest.approx(1 - 4 / 4.5)
     assert move.relative_error == pytest.approx(2 / math.sqrt(17))
     assert [analysis_plots.r_squared(v) for v in (1.0, 0.99999, 0.5, -3.21)] == ["1.0000", "0.9999", "0.5000", "-3.2"]

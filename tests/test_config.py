@@ -12,7 +12,7 @@ pytest.importorskip("torchvision")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train import pretrain
 from train.config import RUN_OPTIONS, Config, make_parser, parse_arguments, preset_names
-from train.run_folder import UserError
+from train.errors import UserError
 
 
 def parse(*argv: str) -> Config:

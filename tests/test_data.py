@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from train import data as data_module
 from train.data import ImageData, Split, load_data, prefetch
-from train.run_folder import UserError
+from train.errors import UserError
 
 CPU = torch.device("cpu")
 

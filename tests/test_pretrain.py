@@ -30,11 +30,12 @@ from mio_ext import distributed
 from mio_ext.reference import PairStats
 from train import plots, pretrain
 from train.data import random_batches
+from train.errors import UserError
 from train.export import load_encoder
 from train.model import build_backbone, build_model
 from train.monitor import METRICS, Progress, StepMetrics, report, spread
 from train.optimizer import learning_rate, parameter_groups
-from train.run_folder import TENSORBOARD, UserError
+from train.run_folder import TENSORBOARD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -155,7 +156,7 @@ MISTAKES = [
     (["--epochs", "0"], "--epochs must be at least 1, got 0"),
     (["--image-size", "4"], "--image-size must be at least 8, got 4"),
     (["--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
-    (["--accumulate-steps", "2"], "--accumulate-steps must be 1: every pair of the batch is in the loss"),
+    (["--accumulate-steps", "2"], "unrecognized arguments: --accumulate-steps 2"),
     (["--crop-area", "0.9", "0.2"], r"--crop-area must be the smaller share, then the larger, got \[0.9, 0.2\]"),
     (["--flip", "1.5"], "--flip must be at most 1, got 1.5"),
     (["--objective", "simclr", "--learn-scale"], "--bias and --learn-scale belong to mio and siglip"),
@@ -276,7 +277,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path, monkeypatch, capsys)
         calls.append(1)
         return real(z1 * float("nan") if len(calls) == 5 else z1, z2, **options)
 
-    monkeypatch.setattr("train.setup.check_loss_backend", lambda *arguments: None)
+    monkeypatch.setattr("train.assemble.check_loss_backend", lambda *arguments: None)
     monkeypatch.setattr(distributed, "mio_loss", loss_of_step)
     arguments = [*SMALL, "--limit-steps", "8", "--log-every", "4", "--output", str(tmp_path)]
     assert pretrain.run(arguments) == 2
@@ -295,7 +296,7 @@ def test_out_of_memory_suggests_a_smaller_batch(error, monkeypatch, capsys):
     def raise_it(*arguments):
         raise error
 
-    monkeypatch.setattr(pretrain, "set_up", raise_it)
+    monkeypatch.setattr(pretrain, "assemble", raise_it)
     assert pretrain.run(["--batch-size", "96"]) == 2
     assert capsys.readouterr().err == "pretrain.py: out of memory: try --batch-size 48\n"
     error.args = ("a bug",)

@@ -16,12 +16,13 @@ pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train import features as frozen
 from train import probes
 from train.data import load_digits
 from train.model import build_model
 
 
-def toy_features(noise: float, shuffle: bool = False) -> probes.Features:
+def toy_features(noise: float, shuffle: bool = False) -> frozen.Features:
     """Four classes around the unit vectors of a 4-dimensional space; labels of no meaning on request."""
     generator = torch.Generator().manual_seed(0)
 
@@ -30,7 +31,7 @@ def toy_features(noise: float, shuffle: bool = False) -> probes.Features:
         x = torch.eye(4)[labels] + noise * torch.randn(n, 4, generator=generator)
         return x, labels[torch.randperm(n, generator=generator)] if shuffle else labels
 
-    return probes.Features(*split(400), *split(2000))
+    return frozen.Features(*split(400), *split(2000))
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +43,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def digit_pixels() -> probes.Features:
+def digit_pixels() -> frozen.Features:
     data = load_digits()
     train, test = (split.images.flatten(1).float() / 255 for split in (data.train, data.test))
-    return probes.Features(train, data.train.labels, test, data.test.labels)
+    return frozen.Features(train, data.train.labels, test, data.test.labels)
 
 
 def test_probes_are_right_where_the_answer_is_known():
@@ -145,7 +146,7 @@ def test_a_choice_at_the_edge_of_the_grid_is_reported():
         probes.linear_probe(features._replace(train=features.train[:4], train_labels=torch.arange(4)))
 
 
-class FourClasses(probes.Features):
+class FourClasses(frozen.Features):
     """Features whose labels need not be read."""
 
     classes = 4
@@ -191,15 +192,15 @@ def test_the_only_values_read_are_the_results(monkeypatch):
 
 def test_features_stay_on_the_device_that_has_room(monkeypatch):
     place = torch.device("meta")
-    monkeypatch.setattr(probes, "fits", lambda size, device: size <= 8000)
-    assert probes.roomy_device(1000, place) == place
-    assert probes.roomy_device(1001, place) == torch.device("cpu")
+    monkeypatch.setattr(frozen, "fits", lambda size, device: size <= 8000)
+    assert frozen.roomy_device(1000, place) == place
+    assert frozen.roomy_device(1001, place) == torch.device("cpu")
 
 
 def test_nearest_neighbours_vote_with_the_exponential_of_their_similarity():
     """Two close neighbours of class 1 outvote three far ones of class 0 unless the temperature is high."""
     close, far = torch.tensor([[1.0, 0.0], [1.0, 0.01]]), torch.tensor([[0.1, 1.0], [0.12, 1.0], [0.11, 1.0]])
-    features = probes.Features(
+    features = frozen.Features(
         torch.cat([close, far]), torch.tensor([1, 1, 0, 0, 0]), torch.tensor([[5.0, 0.0]]), torch.tensor([1])
     )
     assert probes.knn_accuracy(features) == 1.0  # k is clipped to the five there are
@@ -255,14 +256,14 @@ def test_label_budgets():
 def test_rankme_of_known_spectra():
     generator = torch.Generator().manual_seed(0)
     orthogonal = torch.linalg.qr(torch.randn(40, 8, generator=generator))[0]
-    assert probes.rankme(3 * orthogonal).item() == pytest.approx(8, rel=1e-5)
-    assert probes.rankme(orthogonal.T).item() == pytest.approx(8, rel=1e-5)  # wider than tall
-    assert probes.rankme(torch.outer(torch.arange(1.0, 9.0), torch.ones(5))).item() == pytest.approx(1, abs=1e-4)
+    assert frozen.rankme(3 * orthogonal).item() == pytest.approx(8, rel=1e-5)
+    assert frozen.rankme(orthogonal.T).item() == pytest.approx(8, rel=1e-5)  # wider than tall
+    assert frozen.rankme(torch.outer(torch.arange(1.0, 9.0), torch.ones(5))).item() == pytest.approx(1, abs=1e-4)
     z = orthogonal * torch.tensor([4.0, 2.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     share = torch.tensor([0.5, 0.25, 0.125, 0.125])
-    assert probes.rankme(z).item() == pytest.approx(torch.special.entr(share).sum().exp().item(), rel=1e-4)
-    assert probes.rankme(torch.zeros(4, 3)).item() == 1.0
-    assert probes.rankme(torch.tensor([[1.0, float("nan")], [0.0, 1.0]])).isnan()
+    assert frozen.rankme(z).item() == pytest.approx(torch.special.entr(share).sum().exp().item(), rel=1e-4)
+    assert frozen.rankme(torch.zeros(4, 3)).item() == 1.0
+    assert frozen.rankme(torch.tensor([[1.0, float("nan")], [0.0, 1.0]])).isnan()
 
 
 def test_features_use_running_statistics_and_restore_the_mode():
@@ -276,25 +277,25 @@ def test_features_use_running_statistics_and_restore_the_mode():
         assert len(chunk) <= 4, "preprocessed chunk by chunk"
         return chunk.float() / 255
 
-    together = probes.extract_features(model.backbone, images, preprocess, batch_size=4)
-    alone = torch.cat([probes.extract_features(model.backbone, image[None], preprocess) for image in images])
+    together = frozen.extract_features(model.backbone, images, preprocess, batch_size=4)
+    alone = torch.cat([frozen.extract_features(model.backbone, image[None], preprocess) for image in images])
     assert together.dtype == torch.float32
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-    half = probes.extract_features(model.backbone, images, preprocess, batch_size=4, bfloat16=True)
+    half = frozen.extract_features(model.backbone, images, preprocess, batch_size=4, bfloat16=True)
     torch.testing.assert_close(half, together, rtol=0.1, atol=0.1)
     assert not torch.equal(half, together)
     with pytest.raises(AssertionError, match="chunk by chunk"):
-        probes.extract_features(model.backbone, images, preprocess)
+        frozen.extract_features(model.backbone, images, preprocess)
     assert model.backbone.training and model.backbone.layer2.training and not model.backbone.layer1.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_pair_cosines_of_known_views():
     z1, z2 = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0]])
-    cosines = probes.pair_cosines(z1, z2)
+    cosines = frozen.pair_cosines(z1, z2)
     assert sorted(cosines.positive.tolist()) == [-1.0, 1.0]
     assert cosines.negative.tolist() == [0.0] * 4
-    assert probes.pair_cosines(torch.ones(1200, 1), torch.ones(1200, 1)).positive.shape == (1000,)
+    assert frozen.pair_cosines(torch.ones(1200, 1), torch.ones(1200, 1)).positive.shape == (1000,)
 
 
 def test_the_table_has_the_columns_of_its_rows():

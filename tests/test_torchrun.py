@@ -21,10 +21,10 @@ pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
 
-from train import pretrain
+from train import pretrain, scoring, trainer
 from train.device import choose_device
+from train.errors import Interrupted, UserError
 from train.processes import Processes
-from train.run_folder import UserError
 from train.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,9 +45,9 @@ def processes_of_the_pool() -> Processes:
 def in_float64():
     """Runs in float64. In float32 a ReLU that rounding switches changes single gradients by a percent, in one
     process as in several; here whatever is not rounding stands out."""
-    build = pretrain.set_up
+    build = pretrain.assemble
 
-    def set_up(*arguments):
+    def assemble(*arguments):
         setup = build(*arguments)
         setup.model.double()
         setup.objective.double()
@@ -55,34 +55,34 @@ def in_float64():
         setup.preprocess.normalize = lambda images: normalize(images).double()
         return setup
 
-    pretrain.set_up = set_up
+    pretrain.assemble = assemble
     try:
         yield
     finally:
-        pretrain.set_up = build
+        pretrain.assemble = build
 
 
 def train_on_a_rank(arguments, signalled_rank=None, precise=True):
     """What the run of this process says, and how it ended; a signal may arrive within step 2."""
     processes, spoken = processes_of_the_pool(), io.StringIO()
-    loss_of = pretrain.Trainer.loss_of
+    loss_of = trainer.Trainer.loss_of
 
     def signalled(self, images, step):
         if step == 1 and processes.rank == signalled_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss_of(self, images, step)
 
-    pretrain.Trainer.loss_of = signalled
-    pretrain.evaluate_features = lambda features, budgets: FIXED_ROW  # probes take long, and are tested elsewhere
-    pretrain.save_plots = lambda *arguments: None
+    trainer.Trainer.loss_of = signalled
+    scoring.evaluate_features = lambda features, budgets: FIXED_ROW  # probes take long, and are tested elsewhere
+    scoring.save_plots = lambda *arguments: None
     try:
         with contextlib.redirect_stdout(spoken), in_float64() if precise else contextlib.nullcontext():
             pretrain.main(arguments, processes)
         return spoken.getvalue(), "done"
-    except (UserError, pretrain.Interrupted) as error:
+    except (UserError, Interrupted) as error:
         return spoken.getvalue(), error.args
     finally:
-        pretrain.Trainer.loss_of = loss_of
+        trainer.Trainer.loss_of = loss_of
 
 
 FIXED_ROW = {"linear_2": 1.0, "linear_2_std": 0.1, "linear_10": 2.0, "linear_10_std": 0.2}
@@ -291,13 +291,13 @@ FAILING = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
 sys.argv[0] = {script!r}
-from train import setup
-build = setup.build_model
+from train import assemble
+build = assemble.build_model
 def fail(*arguments):
     if os.environ["RANK"] == "1":
         raise {error}
     return build(*arguments)
-setup.build_model = fail
+assemble.build_model = fail
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

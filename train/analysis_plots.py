@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -16,18 +16,16 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from mio_ext import analysis
+from train.displacement import Displacement
+from train.features import PairCosines
 from train.plots import INK, NEGATIVE, POSITIVE, new_axes, save
-from train.probes import PairCosines
 from train.run_folder import ANALYSIS_PLOTS
-
-if TYPE_CHECKING:
-    from train.analyze import Displacement
 
 SUBTLE = "#888888"
 LINEAR = 0.1  #: relative error up to which a step counts as first order
 POINTS = 3000  #: of a scatter plot: more only make the file larger
 TICKS = (-1, -0.5, 0, 0.5, 1)
-SMALL = {"frameon": False, "fontsize": 9}
+SMALL: dict[str, Any] = {"frameon": False, "fontsize": 9}
 
 
 def draw_page(
@@ -243,7 +241,14 @@ def draw_forces(axes: Axes, z1: Tensor, z2: Tensor) -> None:
         axes.text(0, height, label, color=colour, ha="center", va="center", fontsize=9)
 
 
-ARROW = {"angles": "xy", "width": 0.013, "headwidth": 3.5, "headlength": 3.5, "headaxislength": 3, "minlength": 0.5}
+ARROW: dict[str, Any] = {
+    "angles": "xy",
+    "width": 0.013,
+    "headwidth": 3.5,
+    "headlength": 3.5,
+    "headaxislength": 3,
+    "minlength": 0.5,
+}
 
 
 def draw_pairs(axes: Axes, z1: Tensor, z2: Tensor, **style: Any) -> None:

@@ -41,12 +41,12 @@ class ViewParameters(NamedTuple):
     solarize: Tensor | None = None  #: 1 where bright pixels are inverted (0)
 
     def rows(self, index: Tensor) -> ViewParameters:
-        return ViewParameters(*(None if values is None else values[index] for values in self))
+        return self._replace(**{name: v[index] for name, v in self._asdict().items() if v is not None})
 
 
 @dataclass(frozen=True)
 class ViewRanges:
-    """What is drawn for every view; the names and meanings of the "views" options of train/config.py."""
+    """What is drawn for every view; the "views" options of train/config.py, whose defaults these are."""
 
     crop_area: tuple[float, float] = (0.2, 1.0)  #: share of the image's area; above 1: with a black margin
     crop_aspect: float = 4 / 3
@@ -176,8 +176,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     weights = (weights / weights.sum(1, keepdim=True)).view(-1, len(taps), 1, 1, 1)
     padded = F.pad(images, (radius,) * 4, mode="reflect")
     height, width = images.shape[-2:]
-    rows = sum(weights[:, t] * padded[:, :, t : t + height] for t in range(len(taps)))
-    return sum(weights[:, t] * rows[..., t : t + width] for t in range(len(taps)))
+    rows = sum((weights[:, t] * padded[:, :, t : t + height] for t in range(len(taps))), start=images.new_zeros(()))
+    return sum((weights[:, t] * rows[..., t : t + width] for t in range(len(taps))), start=images.new_zeros(()))
 
 
 def apply_parameters(images: Tensor, parameters: ViewParameters, size: int, outside: str = "zeros") -> Tensor:

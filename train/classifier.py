@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.augment import ViewRanges
 from train.data import Split
-from train.probes import eval_mode, stratified_split
+from train.features import eval_mode
+from train.probes import stratified_split
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ V1 = ClassifierSettings(
     drop_last_test=True,
 )
 
-#: Fields of ``train.augment.ViewRanges`` for the augmented images of each protocol.
-FINETUNE_VIEWS = {"crop_area": (0.2, 1.0), "flip": 0.5, "jitter": 0.0, "grayscale": 0.0}
-V1_VIEWS = {**FINETUNE_VIEWS, "crop_area": (0.8, 1.0), "flip": 0.0}
+#: The augmented images of each protocol.
+FINETUNE_VIEWS = ViewRanges(crop_area=(0.2, 1.0), flip=0.5, jitter=0.0, grayscale=0.0)
+V1_VIEWS = replace(FINETUNE_VIEWS, crop_area=(0.8, 1.0), flip=0.0)
 
 
 class ClassifierResult(NamedTuple):
@@ -93,7 +95,8 @@ class Classifier(nn.Module):
         self.head = nn.utils.skip_init(nn.Linear, features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images).float())
+        logits: Tensor = self.head(self.backbone(images).float())
+        return logits
 
 
 def score(

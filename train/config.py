@@ -17,7 +17,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from train.run_folder import CHECKPOINT, UserError
+from train.augment import ViewRanges
+from train.errors import UserError
+from train.run_folder import CHECKPOINT
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 DATASETS = PRESETS / "datasets.toml"
@@ -56,8 +58,12 @@ class Config:
     subset: float = option("data", 1.0, "share of the images that pre-training sees, a fixed choice", above=0, most=1)
 
     epochs: int = option("optimisation", 200, "passes over the images", least=1)
-    batch_size: int = option("optimisation", 512, "images per step over all processes; each gives two views", least=2)
-    accumulate_steps: int = option("optimisation", 1, "refused above 1: it would change the loss", least=1)
+    batch_size: int = option(
+        "optimisation",
+        512,
+        "images per step over all processes, two views each; all their pairs are in the loss",
+        least=2,
+    )
     optimizer: str = option("optimisation", "sgd", "what updates the weights", choices=("sgd", "lars", "adamw"))
     learning_rate: float = option("optimisation", 0.5, "peak, after the warm-up", above=0)
     warmup_epochs: float = option("optimisation", 5.0, "linear warm-up, then cosine to 0", least=0)
@@ -99,20 +105,22 @@ class Config:
         choices=("fused", "separate"),
     )
 
-    crop_area: tuple[float, float] = option("views", (0.2, 1.0), "crop, as a share of the image's area", above=0)
-    crop_aspect: float = option("views", 4 / 3, "aspect ratio in [1/x, x]", least=1)
-    flip: float = option("views", 0.5, "probability of a horizontal flip", least=0, most=1)
-    rotation: float = option("views", 0.0, "degrees either way", least=0, most=180)
-    shear: float = option("views", 0.0, "degrees along x either way", least=0, most=60)
-    gamma: float = option("views", 1.0, "exponent on the intensity in [1/x, x]", least=1)
-    jitter: float = option("views", 0.8, "probability of the colour jitter", least=0, most=1)
-    brightness: float = option("views", 0.4, "factor in [1 - x, 1 + x]", least=0, most=1)
-    contrast: float = option("views", 0.4, "factor in [1 - x, 1 + x]", least=0, most=1)
-    saturation: float = option("views", 0.4, "factor in [1 - x, 1 + x]", least=0, most=1)
-    hue: float = option("views", 0.1, "shift in [-x, x] of a turn", least=0, most=0.5)
-    grayscale: float = option("views", 0.1, "probability", least=0, most=1)
-    blur: float = option("views", 0.0, "probability of a Gaussian blur", least=0, most=1)
-    solarize: float = option("views", 0.0, "probability of inverting the bright half", least=0, most=1)
+    crop_area: tuple[float, float] = option(
+        "views", ViewRanges.crop_area, "crop, as a share of the image's area", above=0
+    )
+    crop_aspect: float = option("views", ViewRanges.crop_aspect, "aspect ratio in [1/x, x]", least=1)
+    flip: float = option("views", ViewRanges.flip, "probability of a horizontal flip", least=0, most=1)
+    rotation: float = option("views", ViewRanges.rotation, "degrees either way", least=0, most=180)
+    shear: float = option("views", ViewRanges.shear, "degrees along x either way", least=0, most=60)
+    gamma: float = option("views", ViewRanges.gamma, "exponent on the intensity in [1/x, x]", least=1)
+    jitter: float = option("views", ViewRanges.jitter, "probability of the colour jitter", least=0, most=1)
+    brightness: float = option("views", ViewRanges.brightness, "factor in [1 - x, 1 + x]", least=0, most=1)
+    contrast: float = option("views", ViewRanges.contrast, "factor in [1 - x, 1 + x]", least=0, most=1)
+    saturation: float = option("views", ViewRanges.saturation, "factor in [1 - x, 1 + x]", least=0, most=1)
+    hue: float = option("views", ViewRanges.hue, "shift in [-x, x] of a turn", least=0, most=0.5)
+    grayscale: float = option("views", ViewRanges.grayscale, "probability", least=0, most=1)
+    blur: float = option("views", ViewRanges.blur, "probability of a Gaussian blur", least=0, most=1)
+    solarize: float = option("views", ViewRanges.solarize, "probability of inverting the bright half", least=0, most=1)
 
     output: str | None = option("run", None, "run folder; none: runs/<data>-<date>-<time>", metavar="DIR")
     overwrite: bool = option("run", False, "write into an --output that is not empty")
@@ -136,11 +144,6 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             check_range(f.name, getattr(self, f.name), f.metadata)
-        if self.accumulate_steps > 1:
-            raise UserError(
-                "--accumulate-steps must be 1: every pair of the batch is in the loss, so a batch in pieces has "
-                "fewer negatives and is another loss; use a smaller --batch-size, or more processes (torchrun)"
-            )
         if self.crop_area[0] > self.crop_area[1]:
             raise UserError(f"--crop-area must be the smaller share, then the larger, got {list(self.crop_area)}")
         if self.objective == "simclr" and (self.learn_scale or self.bias):
@@ -216,8 +219,8 @@ def element_type(name: str) -> tuple[type, int | None]:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         return inner[0], None if inner[-1] is Ellipsis else len(inner)
-    inner = [t for t in typing.get_args(hint) if t is not type(None)]
-    return (inner[0] if inner else hint), 1
+    alone = [t for t in typing.get_args(hint) if t is not type(None)]
+    return (alone[0] if alone else hint), 1
 
 
 def convert(name: str, value: Any, source: Path) -> Any:
@@ -303,7 +306,9 @@ def combine(given: dict[str, Any], preset: str | None, file: Path | None, base: 
 def parse_arguments(argv: Sequence[str] | None, prog: str, description: str) -> tuple[Config, argparse.Namespace]:
     """(the run's options, the parsed command line with preset, config, print_config and dry_run)."""
     args = make_parser(prog, description).parse_args(argv)
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items() if name in TYPES}
+    given: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items() if name in TYPES
+    }
     if given.get("resume") in (None, "auto"):
         config = combine(given, args.preset, args.config)
         if (folder := config.run_to_resume()) is not None:
@@ -325,7 +330,9 @@ def load_config(run: Path) -> Config:
     path = run / "config.toml"
     if not path.is_file():
         raise UserError(f"{run} is no run folder: it has no config.toml")
-    return Config(**read_options(path, read_toml(path)))
+    options = read_toml(path)
+    options.pop("accumulate_steps", None)  # an option of older runs, always 1
+    return Config(**read_options(path, options))
 
 
 def check_same(saved: Config, config: Config, run: Path) -> None:

@@ -22,8 +22,8 @@ from sklearn.datasets import load_digits as sklearn_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from train.errors import UserError
 from train.folder import free_memory, load_folder
-from train.run_folder import UserError
 
 CHOICES = "digits, cifar10, cifar100, stl10 or folder:PATH"
 STATISTICS_IMAGES = 50_000  #: more images do not change a mean or a standard deviation in its first digits
@@ -88,10 +88,9 @@ class ImageData:
         """
         if same_device(self.pretrain, device):
             return self
-        shared = self.train is not None and self.train.images.data_ptr() == self.pretrain.data_ptr()
         pretrain = self.pretrain.to(device) if fits(self.pretrain.nbytes, device) else self.pretrain
         train = self.train
-        if shared:
+        if train is not None and train.images.data_ptr() == self.pretrain.data_ptr():
             train = Split(pretrain[: len(train)], train.labels.to(pretrain.device))
         elif train is not None and fits(train.images.nbytes, device):
             train = train.to(device)
@@ -211,7 +210,7 @@ def damaged_file(dataset_class: Any, folder: Path) -> Path:
     """The first file whose checksum is wrong; where all are right, the class names are what is broken."""
     for file, checksum in dataset_class.train_list + dataset_class.test_list:
         if not torchvision.datasets.utils.check_integrity(folder / file, checksum):
-            return folder / file
+            return folder / str(file)
     return folder
 
 

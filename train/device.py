@@ -12,8 +12,8 @@ import torch
 import torchvision
 
 import mio_ext
+from train.errors import UserError
 from train.processes import ALONE, Processes
-from train.run_folder import UserError
 
 
 def choose_device(name: str, processes: Processes = ALONE) -> torch.device:
@@ -44,9 +44,9 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, hence the getattr
-    return supported is not None and supported()
+    return supported is not None and bool(supported())
 
 
 def check_loss_backend(backend: str, device: torch.device) -> None:

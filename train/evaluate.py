@@ -23,11 +23,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from train import classifier, probes
-from train.augment import Preprocess, ViewRanges
+from train.assemble import Setup, load_run
+from train.augment import Preprocess
 from train.card import write_card
-from train.config import OneLineParser, load_config
-from train.run_folder import CARD, CHECKPOINT, UserError, load_checkpoint, write_atomically
-from train.setup import Setup, set_up
+from train.config import OneLineParser
+from train.errors import UserError
+from train.features import Features, labelled_features
+from train.run_folder import CARD, write_atomically
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,24 +49,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_run(run: Path, device: str, data_root: str | None) -> Setup:
-    """The run's data and its model with the weights of the last checkpoint."""
-    config = dataclasses.replace(load_config(run), device=device, loss_backend="reference", subset=1.0, batch_size=2)
-    if data_root is not None:
-        config = dataclasses.replace(config, data_root=data_root)
-    setup = set_up(config)
-    checkpoint = load_checkpoint(run / CHECKPOINT)
-    for name, module in (*setup.model.named_children(), ("objective", setup.objective)):
-        module.load_state_dict(checkpoint[name], strict=True)
-    # The statistics of the images that pre-training saw, which a subset or a changed folder would shift.
-    mean, std = (setup.preprocess.mean.new_tensor(checkpoint["architecture"][key]) for key in ("mean", "std"))
-    return setup._replace(preprocess=Preprocess(mean, std, setup.preprocess.size, setup.preprocess.ranges))
-
-
-def frozen_features(setup: Setup) -> probes.Features:
+def frozen_features(setup: Setup) -> Features:
     data = setup.data
     assert data.train is not None and data.test is not None
-    return probes.labelled_features(
+    return labelled_features(
         setup.model.backbone, data.train, data.test, setup.preprocess.plain, setup.device, setup.bfloat16
     )
 
@@ -82,7 +70,7 @@ def classify(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
         changes["label_fraction"] = args.labels
     elif args.eval_batch_norm:
         changes["batch_norm_train"] = False
-    views = ViewRanges(**(classifier.FINETUNE_VIEWS if finetune else classifier.V1_VIEWS))
+    views = classifier.FINETUNE_VIEWS if finetune else classifier.V1_VIEWS
     try:
         result = classifier.train_classifier(
             setup.model.backbone,

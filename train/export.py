@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from train.config import OneLineParser
+from train.errors import UserError
 from train.model import build_backbone
-from train.run_folder import CHECKPOINT, ENCODER, UserError, load_checkpoint, write_atomically
+from train.run_folder import CHECKPOINT, ENCODER, load_checkpoint, write_atomically
 
 
 class Encoder(NamedTuple):
@@ -39,7 +40,8 @@ class Encoder(NamedTuple):
         """[B, F] for images [B, C, H, W], uint8 or float in [0, 1]."""
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images
         with torch.inference_mode():
-            return self.network((scaled - self.mean) / self.std)
+            features: Tensor = self.network((scaled - self.mean) / self.std)
+        return features
 
 
 def export_encoder(backbone: nn.Module, architecture: dict[str, object], path: Path) -> None:

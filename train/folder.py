@@ -29,8 +29,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from train.errors import UserError
 from train.progress import counting
-from train.run_folder import UserError
 
 FORMAT = 1  #: part of the cache key: raise it when decoding or the files of the cache change
 HELD_OUT = 10  #: one image in so many of each class is held out where the folder has no test split
@@ -331,16 +331,22 @@ def open_array(path: Path) -> Tensor:
 def free_memory() -> int:
     """Bytes that a new tensor may take: what the system can give, within the limit of a container."""
     try:
-        meminfo = Path("/proc/meminfo").read_text()
-        free = int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) * 1024
-    except (OSError, TypeError):  # not Linux
+        free = number_after("MemAvailable:", Path("/proc/meminfo")) * 1024
+    except (OSError, ValueError):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:
         group = Path("/sys/fs/cgroup")
-        used = int(re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.M)[1])
-        return min(free, int((group / "memory.max").read_text()) - used)
-    except (OSError, TypeError, ValueError):  # no container, or one without a limit ("max")
+        return min(free, int((group / "memory.max").read_text()) - number_after("anon", group / "memory.stat"))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
         return free
+
+
+def number_after(word: str, path: Path) -> int:
+    """Raises ValueError where no line starts so."""
+    found = re.search(rf"^{word}\s+(\d+)", path.read_text(), re.M)
+    if found is None:
+        raise ValueError(f"no {word} in {path}")
+    return int(found[1])
 
 
 def report_left_out(left_out: dict[str, str], path: Path, array_path: Path) -> None:

@@ -34,7 +34,8 @@ class PretrainModel(nn.Module):
         self.projector = projector
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.backbone(images))
+        embeddings: Tensor = self.projector(self.backbone(images))
+        return embeddings
 
 
 def build_backbone(name: str, channels: int, stem: str, stem_padding: bool = True) -> tuple[nn.Module, int]:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.probes import rankme
-from train.run_folder import RunLog, UserError
+from train.errors import UserError
+from train.features import rankme
+from train.run_folder import RunLog
 
 try:
     from tqdm import tqdm

@@ -64,8 +64,9 @@ class Objective(nn.Module):
 
     def forward(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Any]:
         temperature, bias = self.critic()
+        result: Any  # with statistics a pair, else a tensor
         if self.name == "mio":
-            return distributed.mio_loss(
+            result = distributed.mio_loss(
                 z1,
                 z2,
                 temperature=temperature,
@@ -74,13 +75,15 @@ class Objective(nn.Module):
                 backend=self.backend,
                 return_stats=True,
             )
+            loss, stats = result
+            return loss, stats
         if self.name == "simclr":
             loss = nt_xent_loss(z1, z2, self.temperature)
         else:
             _, world = distributed.place("siglip_loss", None)
             x, y = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
-            loss = distributed.siglip_loss(x, y, 1 / temperature, bias, backend=self.backend)
-            loss = distributed.global_sum(loss / world)  # the mean of the processes' own losses
+            result = distributed.siglip_loss(x, y, 1 / temperature, bias, backend=self.backend)
+            loss = distributed.global_sum(result / world)  # the mean of the processes' own losses
         with torch.no_grad():
-            _, stats = distributed.mio_loss(z1, z2, backend=self.backend, return_stats=True)
-        return loss, stats
+            result = distributed.mio_loss(z1, z2, backend=self.backend, return_stats=True)
+        return loss, result[1]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from train.config import Config
-from train.run_folder import UserError
+from train.errors import UserError
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_shortcuts: bool = False) -> list[dict[str, Any]]:
@@ -19,7 +19,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_shortcuts: boo
     ``decay_shortcuts`` also decays what the paper's code missed by going by names: the batch norm of the
     shortcuts, which torchvision calls ``downsample.1``.
     """
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         missed = decay_shortcuts and "downsample" in name
         (decayed if parameter.ndim > 1 or missed else spared).append(parameter)
@@ -33,7 +34,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999))
     try:
-        from timm.optim import Lars
+        from timm.optim.lars import Lars
     except ImportError as error:
         raise UserError("--optimizer lars needs timm: pip install timm") from error
     return Lars(groups, lr=0.0, momentum=config.momentum, trust_coeff=1e-3)  # no trust ratio without decay

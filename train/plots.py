@@ -14,7 +14,7 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from train.probes import PairCosines
+from train.features import PairCosines
 
 POSITIVE, NEGATIVE = "#0072b2", "#d55e00"  # distinct in print and for colour-blind readers
 INK = "#333333"

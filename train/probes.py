@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation on frozen features: k-NN, linear probes with few and with all labels, effective rank.
+"""Evaluation on frozen features: k-NN, linear probes with few and with all labels.
 
 Nothing is chosen on the test split: few labels have a fixed regularisation, all labels choose theirs on a
 hold-out of the train split, and the test split is scored once. Everything runs on the device of the
@@ -10,15 +10,14 @@ the same on every device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from train.data import Split, fits
+from train.features import Features
 from train.progress import counting
 
 NEIGHBOURS = 20  #: k and temperature of Wu et al. 2018 (arXiv 1805.01978) scaled to small data sets
@@ -30,25 +29,7 @@ LEARNING_RATES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  #: for features of mean squ
 WEIGHT_DECAYS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
 PROBE_EPOCHS, PROBE_STEPS = 30, 2000  #: the longer of the two: small sets need more epochs
 HOLD_OUT = 0.1
-PAIR_IMAGES = 1000
-COPIES = 2  #: of the features on a device: themselves, and scaled
 FIT_NUMBERS = 2**28  #: of the features that are fitted together: 1 GB
-
-
-class Features(NamedTuple):
-    """Frozen features of both splits with their labels, all on one device."""
-
-    train: Tensor  #: [n, F] float32
-    train_labels: Tensor  #: [n]
-    test: Tensor  #: [m, F] float32
-    test_labels: Tensor  #: [m]
-
-    @property
-    def classes(self) -> int:
-        return int(self.train_labels.max()) + 1
-
-    def to(self, device: torch.device) -> Features:
-        return Features(*(tensor.to(device) for tensor in self))
 
 
 class LinearResult(NamedTuple):
@@ -59,99 +40,6 @@ class LinearResult(NamedTuple):
     weight_decay: float  #: chosen, same scale
     holdout_accuracy: float  #: of the chosen setting, before it was retrained on the whole train split
     at_edge: bool  #: the chosen setting has a neighbour outside the grid: a wider grid may do better
-
-
-class PairCosines(NamedTuple):
-    """Cosines of all positive pairs and all negative pairs of a set of views, 1-dim."""
-
-    positive: Tensor
-    negative: Tensor
-
-
-def pair_cosines(z1: Tensor, z2: Tensor) -> PairCosines:
-    """Positive pairs are (z1_i, z2_i), negative pairs all others; each unordered pair once.
-
-    Of the views [n, D] the first 1,000 images count: the number of pairs grows with n². On the CPU, where
-    the cosines are drawn.
-    """
-    n = min(len(z1), PAIR_IMAGES)
-    z = F.normalize(torch.cat([z1[:n], z2[:n]]).float().cpu(), dim=1)
-    cosine = z @ z.T
-    row, column = torch.triu_indices(2 * n, 2 * n, offset=1)
-    positive = column - row == n
-    values = cosine[row, column]
-    return PairCosines(values[positive], values[~positive])
-
-
-@contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Batch norm uses its running statistics inside; every module's own mode comes back afterwards."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def roomy_device(numbers: int, device: torch.device) -> torch.device:
-    """``device`` if so many float32 numbers can be scored there, else the CPU."""
-    return device if fits(COPIES * 4 * numbers, device) else torch.device("cpu")
-
-
-@torch.inference_mode()
-def extract_features(
-    network: nn.Module,
-    images: Tensor,
-    preprocess: Callable[[Tensor], Tensor],
-    device: torch.device | None = None,
-    batch_size: int = 512,
-    bfloat16: bool = False,
-) -> Tensor:
-    """Output [n, F] of ``network`` for uint8 ``images`` [n, C, H, W], float32 on ``device`` if it has the room.
-
-    Chunk by chunk moved to ``device`` (that of the network unless given) and preprocessed there, so the
-    images may be larger than its memory. Batch norm in eval mode; the network is left as it was found.
-    """
-    device = device or next((p.device for p in network.parameters()), images.device)
-    features: Tensor | None = None
-    done = 0
-    with (
-        eval_mode(network),
-        torch.autocast(device.type, torch.bfloat16, enabled=bfloat16),
-        counting("features", len(images), "images") as advance,
-    ):
-        for chunk in images.split(batch_size):
-            rows = network(preprocess(chunk.to(device))).float()
-            if features is None:
-                place = roomy_device(len(images) * rows.shape[1], device)
-                features = rows.new_empty(len(images), rows.shape[1], device=place)
-            features[done : done + len(rows)] = rows
-            done += len(rows)
-            advance(len(rows))
-    assert features is not None  # split gives one chunk of no images at all
-    return features
-
-
-def labelled_features(
-    network: nn.Module,
-    train: Split,
-    test: Split,
-    preprocess: Callable[[Tensor], Tensor],
-    device: torch.device,
-    bfloat16: bool = False,
-) -> Features:
-    """:func:`extract_features` of both splits, with their labels."""
-    x, x_test = (extract_features(network, s.images, preprocess, device, bfloat16=bfloat16) for s in (train, test))
-    return Features(x, train.labels, x_test, test.labels).to(x.device)
-
-
-def pixel_features(train: Split, test: Split, device: torch.device) -> Features:
-    """The pixels themselves, in [0, 1]."""
-    place = roomy_device(train.images.numel() + test.images.numel(), device)
-    x, x_test = (s.images.to(place).flatten(1).float() / 255 for s in (train, test))
-    return Features(x, train.labels, x_test, test.labels).to(place)
 
 
 def correct_share(logits: Tensor, labels: Tensor) -> Tensor:
@@ -369,22 +257,6 @@ def few_label_accuracy(features: Features, per_class: int, draws: int) -> tuple[
             scores.append(correct_share(torch.addmm(bias, test, weight), features.test_labels))
     values = torch.stack(scores)
     return float(values.mean()), float(values.std()) if draws > 1 else 0.0
-
-
-def rankme(z: Tensor) -> Tensor:
-    """Effective rank of embeddings ``z`` [n, D]: exp of the entropy of their normalised singular values.
-
-    RankMe, Garrido et al. 2023 (arXiv 2210.02885), eq. (1), without its ε, from the eigenvalues of the
-    smaller Gram matrix in float64. 0-dim on the device of ``z``; NaN where ``z`` is not finite. Nothing is
-    read back to the host here, though torch's eigensolver itself waits for a CUDA device.
-    """
-    z = z.detach().double()
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
-    finite = gram.isfinite().all()
-    gram = torch.where(finite, gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    share = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
-    return torch.where(finite, (-torch.xlogy(share, share).sum()).exp(), torch.nan)
 
 
 def evaluate_features(features: Features, *, budgets: Sequence[int], draws: int | None = None) -> dict[str, float]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from train.errors import UserError
+
 LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS = (
     "log.jsonl",
     "metrics.csv",
@@ -30,10 +32,6 @@ RUN_FILES = (
     *(LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS, LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT, ENCODER, CARD),
     *(ANALYSIS_PAGE, ANALYSIS_DATA, *ANALYSIS_PLOTS),
 )
-
-
-class UserError(Exception):
-    """Something the user can mend: shown without a traceback, exit code 2."""
 
 
 def create_run_folder(output: str | None, name: str, overwrite: bool) -> Path:
@@ -172,7 +170,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        return content
     except FileNotFoundError as error:
         reason = "has no checkpoint yet (--overwrite starts the run anew)" if path.parent.is_dir() else "does not exist"
         raise UserError(f"{path.parent} {reason}") from error

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with its batch norms synchronised; parameters, buffers and their names stay as they are."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.__class__ = SyncBatchNorm
@@ -32,10 +33,13 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        output, mean, variance = _Normalize.apply(input, self.weight, self.bias, self.eps)
+        normalized: tuple[Tensor, Tensor, Tensor] = _Normalize.apply(input, self.weight, self.bias, self.eps)
+        output, mean, variance = normalized
         count = dist.get_world_size() * input.numel() // input.shape[1]
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None  # all four are None only where asked for, which ResNets do not
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # unbiased, as torch
         return output

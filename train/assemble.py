@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from train.augment import Preprocess, ViewRanges
-from train.config import Config
+from train.config import Config, load_config
 from train.data import ImageData, load_data
 from train.device import check_loss_backend, choose_device, use_bfloat16
+from train.errors import UserError
 from train.model import PretrainModel, build_model, resolve_stem
 from train.objective import Objective
 from train.processes import ALONE, Processes
-from train.run_folder import UserError
+from train.run_folder import CHECKPOINT, load_checkpoint
 from train.sync_batch_norm import synchronize_batch_norm
 
 
@@ -33,7 +34,7 @@ class Setup(NamedTuple):
     processes: Processes  #: that share every batch
 
 
-def set_up(config: Config, processes: Processes = ALONE) -> Setup:
+def assemble(config: Config, processes: Processes = ALONE) -> Setup:
     if config.batch_size % processes.count:
         raise UserError(
             f"--batch-size {config.batch_size} is that of all processes together: it must be a multiple of their "
@@ -77,3 +78,17 @@ def set_up(config: Config, processes: Processes = ALONE) -> Setup:
         architecture,
         processes,
     )
+
+
+def load_run(run: Path, device: str, data_root: str | None) -> Setup:
+    """The run's data and its model with the weights of the last checkpoint."""
+    config = replace(load_config(run), device=device, loss_backend="reference", subset=1.0, batch_size=2)
+    if data_root is not None:
+        config = replace(config, data_root=data_root)
+    setup = assemble(config)
+    checkpoint = load_checkpoint(run / CHECKPOINT)
+    for name, module in (*setup.model.named_children(), ("objective", setup.objective)):
+        module.load_state_dict(checkpoint[name], strict=True)
+    # The statistics of the images that pre-training saw, which a subset or a changed folder would shift.
+    mean, std = (setup.preprocess.mean.new_tensor(checkpoint["architecture"][key]) for key in ("mean", "std"))
+    return setup._replace(preprocess=Preprocess(mean, std, setup.preprocess.size, setup.preprocess.ranges))
