@@ -42,8 +42,7 @@ class Classes {
       count_.data()[rows.ids.data()[j]] += 1;
     }
     for (int64_t id = 0; id < ids; ++id)
-      for (int64_t c = 0; c < rows.d && count_.data()[id] > 0; ++c)
-        mean_.data()[id * ld_ + c] /= T(count_.data()[id]);
+      for (int64_t c = 0; c < rows.d && count_.data()[id] > 0; ++c) mean_.data()[id * ld_ + c] /= T(count_.data()[id]);
     for (int64_t j = 0; j < rows.n; ++j) {
       const int64_t id = rows.ids.data()[j];
       const T* mean = mean_.data() + id * ld_;

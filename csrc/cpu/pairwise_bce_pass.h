@@ -224,9 +224,10 @@ class Pass {
 template <typename T>
 PairSums run(const PairwiseBCE<T>& problem, int threads, const Parallel& parallel) {
 #if defined(MIO_BFLOAT16)
-  // With few columns the rounding of their σ does not average out, and there is nothing to gain.
+  // With few columns the rounding of their σ does not average out, and there is nothing to gain. Nor does it with ids,
+  // whose positives, unlike those on a diagonal, are among what is rounded.
   if constexpr (std::is_same_v<T, float>)
-    if (problem.bfloat16 && std::min(problem.m, problem.k) >= 64)
+    if (problem.bfloat16 && !problem.x_ids && std::min(problem.m, problem.k) >= 64)
       return Pass<T, PackedBfloat16>(problem).run(threads, parallel);
 #endif
   return Pass<T, Packed<T>>(problem).run(threads, parallel);
