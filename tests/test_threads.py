@@ -49,7 +49,7 @@ def test_number_of_threads_may_change_between_calls():
 
 
 def test_data_loader_workers_forked_after_use():
-    """A forked child has none of its parent's threads. torch gives a worker one thread; nothing of ours waits for more."""
+    """A forked child has none of its parent's threads. torch gives a worker one; nothing of ours waits for more."""
     result = run_python(
         "-c",
         """

@@ -5,14 +5,19 @@
 namespace mio_ext {
 namespace MIO_ISA {
 
+template <typename T>
+double sum_of_lanes(typename Simd<T>::Vec v) {
+  double sum = 0;
+  for (int lane = 0; lane < kWidth<T>; ++lane) sum += double(v[lane]);
+  return sum;
+}
+
 // Σ u(c) v(c) over vectors of features.
 template <typename T, class U, class V>
 double dot(int64_t d, const U& u, const V& v) {
   typename Simd<T>::Vec lanes{};
   for (int64_t c = 0; c < d; c += kWidth<T>) lanes += u(c) * v(c);
-  double sum = 0;
-  for (int lane = 0; lane < kWidth<T>; ++lane) sum += double(lanes[lane]);
-  return sum;
+  return sum_of_lanes<T>(lanes);
 }
 
 // The rows of every id, as sums over the distances from their mean m: for rows y_j of one id and any x
