@@ -99,7 +99,7 @@ int main(int argc, char** argv) {
     std::vector<double> times;
     for (int64_t i = 0; i <= repeat; ++i) {
       peak = std::max(peak, multiply_add_rate(int(threads)));
-      const double t = seconds([&] { mio_ext::pairwise_bce_cpu(p, int(threads), mio_ext::parallel_on_openmp); });
+      const double t = seconds([&] { mio_ext::pairwise_bce_on_threads(p, int(threads), mio_ext::parallel_on_openmp); });
       if (i) times.push_back(t);  // the first is warm-up
     }
     const double flops = (grad ? 1.5 : 0.5) * 2 * double(n) * double(n) * double(d), t = median(times);

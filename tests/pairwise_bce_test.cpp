@@ -69,7 +69,7 @@ bool check(const Case& c, double limit, double grad_limit, bool bf16 = false) {
     std::vector<T> dx(c.m * c.d), dy(c.k * c.d);
     p.dx = dx.data();
     p.dy = c.k ? dy.data() : nullptr;
-    const PairSums sums = mio_ext::pairwise_bce_cpu(p, threads, mio_ext::parallel_on_openmp);
+    const PairSums sums = mio_ext::pairwise_bce_on_threads(p, threads, mio_ext::parallel_on_openmp);
     const double loss_error = std::abs(p.params.loss(sums) / expected.loss - 1);
     const double dx_error = relative_distance(dx, expected.dx);
     const double dy_error = c.k ? relative_distance(dy, expected.dy) : 0;
@@ -87,7 +87,8 @@ bool check(const Case& c, double limit, double grad_limit, bool bf16 = false) {
   return good;
 }
 
-// Every tile once, between the first and the last visit of its blocks, and no block twice at a time; its tiles come in one order, whatever the number of workers.
+// Every tile once, between the first and the last visit of its blocks, and no block twice at a time; its tiles come in
+// one order, whatever the number of workers.
 bool check_schedule(int64_t rows, int64_t cols, bool symmetric) {
   using Tiles = std::vector<std::pair<int64_t, int64_t>>;
   std::vector<Tiles> expected;  // of each block: rows, then columns
@@ -135,6 +136,27 @@ bool check_schedule(int64_t rows, int64_t cols, bool symmetric) {
   return true;
 }
 
+// Four calls at once, each from within a parallel region, where a region of its own gets one thread: no call waits for
+// another's threads or for its own, and all have the bits of a call by itself.
+bool check_nested() {
+  const int64_t n = 600, d = 70;
+  const std::vector<double> x = random_matrix(n, d, 3);
+  std::vector<std::vector<double>> dx(5, std::vector<double>(n * d));
+  auto call = [&](int i) {
+    PairwiseBCE<double> p{};
+    p.x = x.data(), p.m = p.k = n, p.d = d;
+    p.shift = n / 2, p.exclude_self = p.normalize = true;
+    p.params = {4, 3, -0.5, 0.5, 0.02, 0.3};
+    p.dx = dx[size_t(i)].data();
+    mio_ext::pairwise_bce_on_threads(p, 3, mio_ext::parallel_on_openmp);
+  };
+  call(4);
+  mio_ext::parallel_on_openmp(4, call);
+  for (const auto& other : dx)
+    if (other != dx[4]) return std::printf("FAILED nested calls: other bits\n"), false;
+  return true;
+}
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -153,7 +175,7 @@ int main(int, char** argv) {
       {1026, 0, 129, 513, 0, true, true, false}, {1026, 0, 17, 513, 0, true, true, true},
       {3000, 0, 8, 1500, 0, true, true, false},
   };
-  int failures = 0;
+  int failures = !check_nested();
   for (const int64_t rows : {1, 2, 3, 8, 13, 16, 70}) {
     failures += !check_schedule(rows, rows, true);
     for (const int64_t cols : {1, 4, 7, 33}) failures += !check_schedule(rows, cols, false);

@@ -7,9 +7,10 @@ eq. (10) is a hundred times as far off as plain PyTorch.
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import relative_error
 
-from mio_ext import mio_loss, ops, reference
+from mio_ext import mio_loss, ops, reference, siglip_loss
 
 REGULARIZERS, APART = (0.0, 1.0, 50.0, 100.0), (0.0, 1e-6, 1e-3)
 #: (B, D, temperature, λ, how far the views are apart)
@@ -78,3 +79,21 @@ def test_distance_and_gradients_of_both_sides(with_ids, apart, backend):
     else:  # the rounding of the rows, 6e-8, beside differences of 1e-6
         assert relative_error(loss, exact_loss) < 0.05
         assert relative_error(grad, exact_grad) < 0.1
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dim, scale, bias", [(17, 5.27, -5.68), (17, 8.0, -7.0), (128, 5.27, -5.27)])
+def test_bfloat16_where_positives_and_negatives_balance(dim, scale, bias, seed, with_ids, backend):
+    """Texts that agree with their images, at a bias where all that is left of the gradient is a small difference."""
+    name, device = backend
+    rows = torch.randn(255, dim, generator=torch.Generator().manual_seed(seed))
+    x = F.normalize(rows).to(device, torch.bfloat16)
+    ids = {n: torch.arange(255, device=device) for n in ("image_ids", "text_ids")} if with_ids else {}
+
+    def run(backend, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for _ in range(2)]
+        return torch.cat(torch.autograd.grad(siglip_loss(*leaves, scale, bias, backend=backend, **ids), leaves))
+
+    exact = run("reference", torch.float64)
+    assert relative_error(run(name, torch.bfloat16), exact) <= 2 * relative_error(exact.bfloat16(), exact)

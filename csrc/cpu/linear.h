@@ -5,14 +5,19 @@
 namespace mio_ext {
 namespace MIO_ISA {
 
+template <typename T>
+double sum_of_lanes(typename Simd<T>::Vec v) {
+  double sum = 0;
+  for (int lane = 0; lane < kWidth<T>; ++lane) sum += double(v[lane]);
+  return sum;
+}
+
 // Σ u(c) v(c) over vectors of features.
 template <typename T, class U, class V>
 double dot(int64_t d, const U& u, const V& v) {
   typename Simd<T>::Vec lanes{};
   for (int64_t c = 0; c < d; c += kWidth<T>) lanes += u(c) * v(c);
-  double sum = 0;
-  for (int lane = 0; lane < kWidth<T>; ++lane) sum += double(lanes[lane]);
-  return sum;
+  return sum_of_lanes<T>(lanes);
 }
 
 // The rows of every id, as sums over the distances from their mean m: for rows y_j of one id and any x
@@ -42,8 +47,7 @@ class Classes {
       count_.data()[rows.ids.data()[j]] += 1;
     }
     for (int64_t id = 0; id < ids; ++id)
-      for (int64_t c = 0; c < rows.d && count_.data()[id] > 0; ++c)
-        mean_.data()[id * ld_ + c] /= T(count_.data()[id]);
+      for (int64_t c = 0; c < rows.d && count_.data()[id] > 0; ++c) mean_.data()[id * ld_ + c] /= T(count_.data()[id]);
     for (int64_t j = 0; j < rows.n; ++j) {
       const int64_t id = rows.ids.data()[j];
       const T* mean = mean_.data() + id * ld_;

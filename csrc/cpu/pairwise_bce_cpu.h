@@ -13,10 +13,14 @@ namespace mio_ext {
 // parallel(n, body) calls body(0) ... body(n - 1), on up to n threads, and returns when all have.
 using ParallelFor = std::function<void(int, const std::function<void(int)>&)>;
 
-// Writes problem.dx and problem.dy where they are wanted and returns the sums of the pass.
-// The result has the same bits for any number of threads.
+// Writes problem.dx and problem.dy where they are wanted and returns the sums of the pass, on as many of `threads` as
+// the work pays for. The result has the same bits for any number of them.
 template <typename T>
 PairSums pairwise_bce_cpu(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel);
+
+// The same on all of `threads`.
+template <typename T>
+PairSums pairwise_bce_on_threads(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel);
 
 // Instruction sets this machine can run, best first, and the one in use (MIO_CPU_ISA overrides).
 std::vector<std::string> cpu_instruction_sets();

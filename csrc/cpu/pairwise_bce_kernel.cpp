@@ -186,21 +186,8 @@ const std::string& chosen() {
 
 std::string cpu_instruction_set() { return chosen(); }
 
-namespace {
-
-// As many threads as the work pays for. A small problem is done in the time that another thread may take to be given a
-// core, and the call returns no sooner than it: one for every 2^24 pairs times features (docs/performance.md).
 template <typename T>
-int threads_worth(const PairwiseBCE<T>& p, int threads) {
-  const double products = double(p.m) * double(p.k) * double(p.d) / (p.y == nullptr ? 2 : 1);
-  return int(std::clamp(products / double(1 << 24), 1.0, double(threads)));
-}
-
-}  // namespace
-
-template <typename T>
-PairSums pairwise_bce_cpu(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel) {
-  threads = threads_worth(problem, threads);
+PairSums pairwise_bce_on_threads(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel) {
 #if defined(MIO_X86_TARGETS)
   if (chosen() == "avx512bf16") return avx512bf16::run(problem, threads, parallel);
   if (chosen() == "avx512") return avx512::run(problem, threads, parallel);
@@ -209,6 +196,16 @@ PairSums pairwise_bce_cpu(const PairwiseBCE<T>& problem, int threads, const Para
   return portable::run(problem, threads, parallel);
 }
 
+// A small problem is done in the time that another thread may take to be given a core, and the call returns no sooner
+// than that thread. So: one for every 2^24 pairs times features (docs/performance.md).
+template <typename T>
+PairSums pairwise_bce_cpu(const PairwiseBCE<T>& p, int threads, const ParallelFor& parallel) {
+  const double products = double(p.m) * double(p.k) * double(p.d) / (p.y == nullptr ? 2 : 1);
+  return pairwise_bce_on_threads(p, int(std::clamp(products / (1 << 24), 1.0, double(threads))), parallel);
+}
+
+template PairSums pairwise_bce_on_threads(const PairwiseBCE<float>&, int, const ParallelFor&);
+template PairSums pairwise_bce_on_threads(const PairwiseBCE<double>&, int, const ParallelFor&);
 template PairSums pairwise_bce_cpu(const PairwiseBCE<float>&, int, const ParallelFor&);
 template PairSums pairwise_bce_cpu(const PairwiseBCE<double>&, int, const ParallelFor&);
 

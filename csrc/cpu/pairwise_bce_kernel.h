@@ -115,8 +115,8 @@ void negative_tile(const TileParams<T>& p, int64_t rows, int64_t cols, T* s, int
 template <typename T>
 struct TileLabels {
   using Lane = typename Simd<T>::Lane;
-  const Lane* x_ids;  // of the tile's rows, or nullptr
-  const Lane* y_ids;  // of the tile's columns, readable up to a whole vector
+  const Lane* x_ids;   // of the tile's rows, or nullptr
+  const Lane* y_ids;   // of the tile's columns, readable up to a whole vector
   T *x_pull, *y_pull;  // where dL/ds of a row's one positive goes, of the tile's rows and columns
   int64_t cols;        // columns of the tile that exist
 

@@ -89,28 +89,43 @@ class Pass {
     double distances = 0;
     for (int64_t i = first; i < rows.n && i < first + rows.block; ++i) {
       T* const out_i = out ? out + i * rows.d : nullptr;
-      const int64_t partner = in_.x_ids ? excluded(rows, others, i) : positive(rows, i);
-      auto to_partner = [&](int64_t c) { return rows.row_vector(i, c) - others.row_vector(partner, c); };
-      const double distance = partner < 0 ? 0 : dot<T>(rows.d, to_partner, to_partner) / 2;
-      if (!in_.x_ids) {
-        distances += distance;
-        const T pull = rows.pull.data()[i];
-        auto of_partner = [&](int64_t c) {
-          return pull * others.row_vector(partner, c) + params_.grad_l * to_partner(c);
-        };
-        partner < 0 ? project(rows, i, [](int64_t) { return Vec{}; }, out_i) : project(rows, i, of_partner, out_i);
-        continue;
-      }
-      const auto own = (&rows == &x_ ? column_classes_ : row_classes_)[rows.ids.data()[i]];
-      auto from_mean = [&](int64_t c) { return rows.row_vector(i, c) - load(own.mean + c); };
-      auto rest = [&](int64_t c) { return load(own.rest + c); };
-      distances += own.count * dot<T>(rows.d, from_mean, from_mean) / 2 - dot<T>(rows.d, from_mean, rest) + own.spread;
-      distances -= distance;
-      auto to_class = [&](int64_t c) { return params_.grad_l * (own.count * from_mean(c) - rest(c)); };
-      auto to_others = [&](int64_t c) { return to_class(c) - params_.grad_l * to_partner(c); };
-      partner < 0 ? project(rows, i, to_class, out_i) : project(rows, i, to_others, out_i);
+      distances += in_.x_ids ? finish_in_class(rows, others, i, out_i) : finish_beside_partner(rows, others, i, out_i);
     }
     return distances;
+  }
+
+  double finish_beside_partner(Rows& rows, const Rows& others, int64_t i, T* out) const {
+    const int64_t partner = positive(rows, i);
+    if (partner < 0) {
+      project(rows, i, [](int64_t) { return Vec{}; }, out);
+      return 0;
+    }
+    const T pull = rows.pull.data()[i];
+    Vec squares{};
+    auto of_partner = [&](int64_t c) {
+      const Vec theirs = others.row_vector(partner, c), difference = rows.row_vector(i, c) - theirs;
+      squares += difference * difference;
+      return pull * theirs + params_.grad_l * difference;
+    };
+    project(rows, i, of_partner, out);
+    return sum_of_lanes<T>(squares) / 2;
+  }
+
+  double finish_in_class(Rows& rows, const Rows& others, int64_t i, T* out) const {
+    const auto others_alike = (&rows == &x_ ? column_classes_ : row_classes_)[rows.ids.data()[i]];
+    auto from_mean = [&](int64_t c) { return rows.row_vector(i, c) - load(others_alike.mean + c); };
+    auto rest = [&](int64_t c) { return load(others_alike.rest + c); };
+    auto to_class = [&](int64_t c) { return params_.grad_l * (others_alike.count * from_mean(c) - rest(c)); };
+    const double distances = others_alike.count * dot<T>(rows.d, from_mean, from_mean) / 2 -
+                             dot<T>(rows.d, from_mean, rest) + others_alike.spread;
+    const int64_t self = excluded(rows, others, i);
+    if (self < 0) {
+      project(rows, i, to_class, out);
+      return distances;
+    }
+    auto to_self = [&](int64_t c) { return rows.row_vector(i, c) - others.row_vector(self, c); };
+    project(rows, i, [&](int64_t c) { return to_class(c) - params_.grad_l * to_self(c); }, out);
+    return distances - dot<T>(rows.d, to_self, to_self) / 2;
   }
 
   void gather_classes() {
@@ -138,21 +153,26 @@ class Pass {
   }
 
   // Eq. (10) for row i: out [d] = (g - (row . g) row) times unit and inverse norm, g being what the products have left
-  // of (9) and `rest`. Where y = x every row is in both roles, and G is symmetric: twice that.
+  // of (9) and `rest`, which is asked for once. Where y = x every row is in both roles, and G is symmetric: twice that.
   template <class Rest>
   void project(Rows& rows, int64_t i, const Rest& rest, T* out) const {
-    if (!out) return;
-    T* g = rows.gradient.data() + i * rows.ld;
-    for (int64_t c = 0; c < rows.d; c += W) store(g + c, load(g + c) + rest(c));
-    T along = 0;
-    if (in_.normalize) {
-      Vec lanes{};
-      for (int64_t c = 0; c < rows.d; c += W) lanes += load(g + c) * rows.row_vector(i, c);
-      for (int lane = 0; lane < W; ++lane) along += lanes[lane];
+    if (!out) {
+      for (int64_t c = 0; c < rows.d; c += W) rest(c);
+      return;
     }
+    T* g = rows.gradient.data() + i * rows.ld;
+    Vec lanes{};
+    for (int64_t c = 0; c < rows.d; c += W) {
+      const Vec v = load(g + c) + rest(c);
+      if (in_.normalize) lanes += v * rows.row_vector(i, c);
+      store(g + c, v);
+    }
+    const T along = T(sum_of_lanes<T>(lanes));
     const T scale = params_.unit * (symmetric_ ? 2 : 1) * rows.inverse.data()[i];
     for (int64_t c = 0; c < rows.d; c += W) {
-      const Vec v = scale * (load(g + c) - along * rows.row_vector(i, c));
+      Vec v = load(g + c);
+      if (in_.normalize) v -= along * rows.row_vector(i, c);
+      v *= scale;
       if (c + W <= rows.d)
         __builtin_memcpy(out + c, &v, sizeof v);
       else
@@ -224,9 +244,10 @@ class Pass {
 template <typename T>
 PairSums run(const PairwiseBCE<T>& problem, int threads, const Parallel& parallel) {
 #if defined(MIO_BFLOAT16)
-  // With few columns the rounding of their σ does not average out, and there is nothing to gain.
+  // With few columns the rounding of their σ does not average out, and there is nothing to gain. Nor does it with ids,
+  // whose positives, unlike those on a diagonal, are among what is rounded.
   if constexpr (std::is_same_v<T, float>)
-    if (problem.bfloat16 && std::min(problem.m, problem.k) >= 64)
+    if (problem.bfloat16 && !problem.x_ids && std::min(problem.m, problem.k) >= 64)
       return Pass<T, PackedBfloat16>(problem).run(threads, parallel);
 #endif
   return Pass<T, Packed<T>>(problem).run(threads, parallel);
