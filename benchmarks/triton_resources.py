@@ -116,9 +116,14 @@ def other_entries() -> list[Entry]:
             prepare = shape | {"FIRST": True, "HAS_PARAMS": dtype == "fp64", "COEF_SCALE": 1.0, "GRADIENT_TIMES": 2.0}
             what = f"{product}, D = {width}" if product == "fp16x3" else f"D = {width}"
             entries.append(Entry("prepare_kernel", capability, dtype, prepare, 4, 3, what))
-            project = shape | {"BOTH_NORMS": product is None}
-            entries.append(Entry("project_kernel", capability, dtype, project, 4, 3, what))
-            for ids in (False, True) if product is None else ():
+            if product is not None:
+                entries.append(Entry("project_kernel", capability, dtype, shape, 4, 3, what))
+                continue
+            del shape["PRODUCT"]
+            shape["ROWS"] //= 2 if dtype == "fp64" else 1
+            finish = {"HAS_IDS": False, "EXCLUDE_SELF": True, "TRANSPOSED": False, "GRAD": True, "LOSS": True}
+            entries.append(Entry("finish_kernel", capability, dtype, shape | finish, 4, 3, what))
+            for ids in (False, True):
                 tile = terms_tile(8 if dtype == "fp64" else 4)
                 terms = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "HAS_IDS": ids, "EXCLUDE_SELF": True}
                 terms |= {"GRAD": True, "DPARAMS": True}
@@ -136,7 +141,7 @@ def pointer_types(entry: Entry) -> dict[str, str]:
     types |= {"x_ids_ptr": "i64", "y_ids_ptr": "i64", "sums_ptr": "fp64", "stats_ptr": "fp64", "counter_ptr": "i32"}
     if entry.kernel == "prepare_kernel":
         types["z_ptr"] = entry.dtype
-    if entry.kernel == "project_kernel":
+    if entry.kernel in ("project_kernel", "finish_kernel"):
         del types["g_ptr"]
     return types
 

@@ -60,7 +60,7 @@ class Call(NamedTuple):
 class Rows(NamedTuple):
     """Features as prepare_kernel leaves them."""
 
-    z: Tensor  # [n_pad, width], or the two halves of float32 [2, n_pad, width]
+    z: Tensor  # [n_pad, width]; fp16x3: float16 [4, n_pad, width], two halves and, in the rest, float32_copy
     factors: Tensor  # [3, n_pad]
     counters: Tensor  # zeros, int32
     ids: Tensor | None  # [n]
@@ -103,6 +103,11 @@ def column_splits(row_blocks: int, col_tiles: int, slots: int, bytes_a_split: in
     most = min(col_tiles, max(1, SPLIT_BYTES // bytes_a_split), max(1, 2 * slots // row_blocks))
     # The time of a wave is its share of the columns; a split costs its partial gradient, a few tiles' worth.
     return min(range(1, most + 1), key=lambda s: triton.cdiv(row_blocks * s, slots) * (col_tiles / s + 4))
+
+
+def rows_at_once(width: int, itemsize: int = 4) -> int:
+    """Of a program that reads whole rows."""
+    return max(1, min(16, 16384 // itemsize // triton.next_power_of_2(width)))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -161,16 +166,15 @@ class Job:
         n_pad = triton.cdiv(n, ROW_MULTIPLE) * ROW_MULTIPLE
         width = triton.next_power_of_2(max(d, 16)) if self.product else triton.cdiv(d, 16) * 16
         halves = self.product == "fp16x3"
-        out = z.new_empty((2, n_pad, width), dtype=torch.float16) if halves else z.new_empty(n_pad, width)
+        out = z.new_empty((4, n_pad, width), dtype=torch.float16) if halves else z.new_empty(n_pad, width)
         factors = self.coef.new_empty(3, n_pad)
         counters = z.new_empty(1 + n_pad // 16, dtype=torch.int32)
-        block_d = triton.next_power_of_2(width)
-        rows = max(1, min(16, 4096 // block_d))
+        rows = rows_at_once(width)
         launch(
             triton_kernels.prepare_kernel, (n_pad // rows,),
             z, out, factors, counters, params if params is not None else self.coef, self.coef,
             *(constants or [0.0] * 6), n, d, z.stride(0), z.stride(1), n_pad, counters.numel(),
-            WIDTH=width, BLOCK_D=block_d, ROWS=rows, NORMALIZE=self.call.normalize,
+            WIDTH=width, BLOCK_D=triton.next_power_of_2(width), ROWS=rows, NORMALIZE=self.call.normalize,
             FIRST=params is not None or constants is not None, HAS_PARAMS=params is not None,
             COEF_SCALE=FLOAT16_SCALE if z.dtype == torch.float16 else 1.0,
             GRADIENT_TIMES=2.0 if self.call.y is None else 1.0,  # G is symmetric, eq. (9)
@@ -212,7 +216,16 @@ class Job:
                 FINISH=finish, PRODUCT=self.product, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         if grad is not None and not finish:
-            self._project(partial, rows, grad, plan.splits, both_norms=False)
+            self._project(partial, rows, grad, plan.splits)
+
+    def _project(self, g: Tensor, rows: Rows, out: Tensor, splits: int) -> None:
+        block = rows_at_once(rows.width)
+        launch(
+            triton_kernels.project_kernel, (triton.cdiv(rows.n, block),),
+            g, rows.z, rows.factors, self.coef, out, rows.n, rows.n_pad, rows.d, splits,
+            WIDTH=rows.width, BLOCK_D=triton.next_power_of_2(rows.width), ROWS=block, NORMALIZE=self.call.normalize,
+            PRODUCT=self.product, num_warps=4,
+        )  # fmt: skip
 
     def _ids(self, rows: Rows, cols: Rows) -> tuple[Tensor, Tensor]:
         if rows.ids is None:
@@ -229,7 +242,9 @@ class Job:
         chunk = min(max(ROW_MULTIPLE, fit), x.n_pad)
         products = self.coef.new_empty(chunk, y.n_pad)
         g = products.view(x.z.dtype)[:, : y.n_pad]
-        sums = self.stats.new_empty(x.n_pad // tile.block_m, SUMS.value)
+        terms = x.n_pad // tile.block_m
+        finishing = 0 if self.has_ids else triton.cdiv(x.n, rows_at_once(x.width, self.loss.element_size()))
+        sums = self.stats.new_empty(terms + finishing, SUMS.value)
         # The gradients are made where they are returned, unless padding is in the way.
         dx = self.dx if x.z.shape == self.dx.shape else self.coef.new_empty(x.z.shape if want_dx else 0)
         dy = self.dy if y.z.shape == self.dy.shape else self.coef.new_empty(y.z.shape if want_dy else 0)
@@ -249,24 +264,26 @@ class Job:
                 product_into(dx[row0 : row0 + n_rows], g[:n_rows], y.z)  # (9)
             if want_dy:
                 product_into(dy, g[:n_rows].T, rows, accumulate=row0 > 0)
+        if want_dx or not self.has_ids:
+            self._finish(dx, x, y, self.pairs, self.dx if want_dx else None, sums, terms)
+        if want_dy:
+            self._finish(dy, y, x, self.pairs.transposed(), self.dy, None, 0)
         launch(
             triton_chunked.results_kernel, (1,),
             sums, sums.shape[0], self.coef, self.loss, self.stats, self.dparams, DPARAMS=want_dparams,
         )  # fmt: skip
-        if want_dx:
-            self._project(dx, x, self.dx, 1, both_norms=True)
-        if want_dy:
-            self._project(dy, y, self.dy, 1, both_norms=True)
 
-    def _project(self, g: Tensor, rows: Rows, out: Tensor, splits: int, both_norms: bool) -> None:
-        width = rows.width
-        block_d = triton.next_power_of_2(width)
-        block = max(1, min(16, 4096 // block_d))
+    def _finish(
+        self, g: Tensor, rows: Rows, cols: Rows, pairs: Pairs, out: Tensor | None, sums: Tensor | None, record: int
+    ) -> None:
+        block = rows_at_once(rows.width, self.loss.element_size())
         launch(
-            triton_kernels.project_kernel, (triton.cdiv(rows.n, block),),
-            g, rows.z, rows.factors, self.coef, out, rows.n, rows.n_pad, rows.d, splits,
-            WIDTH=width, BLOCK_D=block_d, ROWS=block, NORMALIZE=self.call.normalize,
-            BOTH_NORMS=both_norms and self.call.normalize, PRODUCT=self.product, num_warps=4,
+            triton_chunked.finish_kernel, (triton.cdiv(rows.n, block),),
+            g, rows.z, rows.factors, cols.z, cols.factors, self.coef, g if out is None else out,
+            self.stats if sums is None else sums, record, rows.n, cols.n, rows.d, rows.n_pad, cols.n_pad, *pairs,
+            WIDTH=rows.width, BLOCK_D=triton.next_power_of_2(rows.width), ROWS=block, NORMALIZE=self.call.normalize,
+            HAS_IDS=self.has_ids, EXCLUDE_SELF=self.call.exclude_self, TRANSPOSED=sums is None,
+            GRAD=out is not None, LOSS=sums is not None, num_warps=4,
         )  # fmt: skip
 
 

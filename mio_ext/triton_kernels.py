@@ -22,27 +22,28 @@ import triton.language as tl
 
 from .triton_products import (
     LIFT,
-    add_products,
+    float32_copy,
     halves,
     load_operand,
     load_rows,
     power_of_two,
     row_gradient,
     row_offsets,
+    row_products,
 )
 from .triton_terms import (
     LN2,
     SIZES,
     SUMS,
-    add_logs,
+    count_negatives,
     labelled_tile,
     load_coef,
     log2_1p,
     narrow,
+    negative_tile,
     put,
     special_columns,
     store_lanes,
-    sum_lanes,
     terms,
     total,
     write_results,
@@ -60,35 +61,50 @@ def touches(diagonal, row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def positive_pairs(
     x_ptr, rows, m_pad, inverse, half_norm, y_ptr, y_rows_ptr, k_pad, positive_col, there,
-    scale_p, bias, grad_p, grad_l, pos,
-    BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, SCALED: tl.constexpr, PRODUCT: tl.constexpr,
+    scale_p, bias, grad_p, grad_l,
+    BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, NORMALIZE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """(sums, gradient [R, BLOCK_D] over the unit) of the rows' positive pairs, eq. (7).
 
     At most one a row, so a dot product in float32 costs next to nothing, keeps labels out of the main
-    loop, and the largest weight in a row's gradient is never rounded to 16 bits.
+    loop, and the largest weight in a row's gradient is never rounded to 16 bits. Nor does the product
+    pass through tensor cores, which cut sums off: all positive pairs' errors would have one sign.
     """
-    product = tl.zeros(rows.shape, tl.float32)
-    for own in tl.static_range(2 - WIDTH // BLOCK_D, 2):  # the program's own slice last: the gradient is made of it
+    dtype: tl.constexpr = inverse.dtype
+    SLICES: tl.constexpr = 2 if WIDTH > BLOCK_D else 1
+    col_inverse = tl.load(y_rows_ptr + positive_col, mask=there, other=1.0)
+    # Exactly 1 where rows are equal, so that their difference is 0; a fast division does not promise that.
+    ratio = tl.where(col_inverse == inverse, 1.0, col_inverse / inverse)
+    product = tl.zeros(rows.shape, dtype)
+    distance = tl.zeros(rows.shape, dtype)
+    for own in tl.static_range(2 - SLICES, 2):  # the program's own slice last: the gradient is made of it
         depth = (SLICE if own else BLOCK_D - SLICE) + tl.arange(0, BLOCK_D)[None, :]
-        x = load_rows(x_ptr, row_offsets(rows, WIDTH) + depth, (rows < m_pad)[:, None], m_pad, WIDTH, PRODUCT)
-        partner = load_rows(y_ptr, row_offsets(positive_col, WIDTH) + depth, there[:, None], k_pad, WIDTH, PRODUCT)
-        partner = partner.to(tl.float32)
-        product += tl.sum(x.to(tl.float32) * partner, 1)
-    if SCALED:
-        col_inverse = tl.load(y_rows_ptr + positive_col, mask=there, other=0.0)
-        partner = partner * col_inverse[:, None]
-        product = product * col_inverse
-    product = product * inverse
+        x_mask, y_mask = (rows < m_pad)[:, None] & (depth < WIDTH), there[:, None] & (depth < WIDTH)
+        x = load_rows(x_ptr, 0, row_offsets(rows, WIDTH) + depth, x_mask, m_pad, WIDTH, PRODUCT).to(dtype)
+        y = load_rows(y_ptr, 0, row_offsets(positive_col, WIDTH) + depth, y_mask, k_pad, WIDTH, PRODUCT).to(dtype)
+        product += tl.sum(x * y, 1)
+        if NORMALIZE:
+            difference = (x - y * ratio[:, None]) * inverse[:, None]  # x̂ − ŷ
+            distance += 0.5 * tl.sum(difference * difference, 1)
+    product = product * (col_inverse * inverse)
+    if not NORMALIZE:
+        distance = half_norm + tl.load(y_rows_ptr + 2 * k_pad + positive_col, mask=there, other=0.0) - product
     e, relu, sigma = terms(-(product * scale_p + bias))
-    half_norms = half_norm + tl.load(y_rows_ptr + 2 * k_pad + positive_col, mask=there, other=0.0)
+    pos = tl.zeros([SUMS], tl.float64)
     pos = put(pos, 0, tl.sum(there.to(tl.int32), 0))
     pos = put(pos, 2, tl.sum(tl.where(there, relu + log2_1p(e), 0.0), 0))
     pos = put(pos, 4, tl.sum(tl.where(there, product, 0.0), 0))
     pos = put(pos, 6, tl.sum(tl.where(there, sigma, 0.0), 0))
     pos = put(pos, 8, tl.sum(tl.where(there, sigma * product, 0.0), 0))
-    pos = put(pos, 10, tl.sum(tl.where(there, half_norms - product, 0.0), 0))
-    return pos, tl.where(there, sigma * grad_p + grad_l, 0.0)[:, None] * partner
+    pos = put(pos, 10, tl.sum(tl.where(there, distance, 0.0), 0))
+    if NORMALIZE:  # Read again, for two rows do not fit in registers until here; the barrier makes it happen.
+        tl.debug_barrier()
+        x = load_rows(x_ptr, 0, row_offsets(rows, WIDTH) + depth, x_mask, m_pad, WIDTH, PRODUCT).to(dtype)
+        y = load_rows(y_ptr, 0, row_offsets(positive_col, WIDTH) + depth, y_mask, k_pad, WIDTH, PRODUCT).to(dtype)
+    g = (sigma * grad_p * col_inverse)[:, None] * y
+    if NORMALIZE:  # w_l (x̂ − ŷ), not −w_l ŷ, of which eq. (10) would leave rounding errors where x̂ ≈ ŷ
+        g -= (grad_l * inverse)[:, None] * (x - y * ratio[:, None])
+    return pos, tl.where(there[:, None], g, 0.0)
 
 
 @triton.jit
@@ -134,7 +150,7 @@ def store_coef(
 @triton.jit(do_not_specialize=["n", "d", "counters", "a_p", "a_n", "b", "w_p", "w_n", "w_l"])
 def prepare_kernel(
     z_ptr,  # [n, d], any strides
-    out_ptr,  # [n_pad, WIDTH]; fp16x3: [2, n_pad, WIDTH], high and low halves
+    out_ptr,  # [n_pad, WIDTH]; fp16x3: [2, n_pad, WIDTH], high and low halves, then float32_copy
     rows_ptr,  # [3, n_pad]: inverse, back, half_norm
     counter_ptr,  # [counters], int32, to be zeroed
     params_ptr,  # [6] or unused
@@ -162,9 +178,10 @@ def prepare_kernel(
     if (NORMALIZE or PRODUCT == "fp16x3") and raw.dtype != tl.float64:
         power, inverse = power_of_two(tl.max(tl.abs(z), 1), LIFT if PRODUCT == "fp16x3" else 0)
         z = z * power[:, None]
+    z = tl.where(z == z, z, float("nan"))  # this NaN's bits outlive TF32, which cuts others down to infinity
     norm = tl.sqrt(tl.sum(z * z, 1))
     if NORMALIZE:
-        inverse = 1.0 / tl.maximum(norm, power * EPS)
+        inverse = 1.0 / tl.where(norm <= power * EPS, power * EPS, norm)  # a maximum would lose NaN
         back = tl.where(norm <= power * EPS, 0.0, power / norm)
     half_norm = 0.5 * (norm * inverse) * (norm * inverse)
     out = out_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :]
@@ -173,6 +190,8 @@ def prepare_kernel(
         high, low = halves(z)
         tl.store(out, high, mask=inside)
         tl.store(out + n_pad.to(tl.int64) * WIDTH, low, mask=inside)
+        copy = float32_copy(out_ptr, n_pad, WIDTH) + row[:, None].to(tl.int64) * WIDTH + column[None, :]
+        tl.store(copy, z, mask=inside)
     else:
         tl.store(out, narrow(z, raw.dtype), mask=inside)
     tl.store(rows_ptr + row, inverse, mask=row < n_pad)
@@ -195,7 +214,7 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "tiles_per_split", "splits"])
 def sweep_kernel(
-    x_ptr,  # [m_pad, WIDTH] rows, prepared; fp16x3: [2, m_pad, WIDTH]
+    x_ptr,  # [m_pad, WIDTH] rows, prepared
     y_ptr,  # [k_pad, WIDTH] columns, prepared
     x_rows_ptr,  # [3, m_pad] factors of the rows
     y_rows_ptr,  # [3, k_pad]
@@ -260,13 +279,11 @@ def sweep_kernel(
         there = tl.where(tl.program_id(1) == 0, positive_col, -1) >= 0  # of the column splits, the first has them
         pos, acc = positive_pairs(
             x_ptr, rows, m_pad, inverse, half_norm, y_ptr, y_rows_ptr, k_pad, positive_col, there,
-            scale_p, bias, grad_p, grad_l, pos, BLOCK_D, WIDTH, SLICE, SCALED, PRODUCT,
+            scale_p, bias, grad_p, grad_l, BLOCK_D, WIDTH, SLICE, NORMALIZE, PRODUCT,
         )  # fmt: skip
         if LOSS:  # stored at once: nothing of it stays in a register through the loop
-            present = tl.where(rows < m, end - first, 0)
-            present -= ((positive_col >= first) & (positive_col < end)).to(tl.int32)
-            present -= ((own_col >= first) & (own_col < end)).to(tl.int32)
-            tl.store(record + tl.arange(0, SUMS), put(pos, 1, tl.sum(present.to(tl.int64), 0)))
+            negatives = count_negatives(rows, m, first, end, positive_col, own_col)
+            tl.store(record + tl.arange(0, SUMS), put(pos, 1, negatives))
             tl.debug_barrier()
 
     row_scale = inverse * scale_n
@@ -274,11 +291,10 @@ def sweep_kernel(
         cols = col0 + tl.arange(0, BLOCK_N)
         y, y_low = load_operand(y_ptr, row_offsets(cols, WIDTH) + depth[None, :], k_pad, WIDTH, PRODUCT)
         col_inverse = tl.load(y_rows_ptr + cols)
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        s = row_products(x, x_low, y, y_low, PRODUCT)  # (2), but for the norms, in float32
         if SLICED:
             y_rest, y_rest_low = load_operand(y_ptr, row_offsets(cols, WIDTH) + rest[None, :], k_pad, WIDTH, PRODUCT)
-            s = add_products(x_rest, x_rest_low, y_rest, y_rest_low, s, PRODUCT)
-        s = add_products(x, x_low, y, y_low, s, PRODUCT)  # (2), but for the norms, in float32
+            s += row_products(x_rest, x_rest_low, y_rest, y_rest_low, PRODUCT)
         if SCALED:
             s = s * col_inverse[None, :]
         if HAS_IDS:
@@ -303,13 +319,9 @@ def sweep_kernel(
                 out = (c == positive_col[:, None]) | (c == own_col[:, None]) | (c >= k)
                 t = tl.where(out, float("-inf"), t)
                 s = tl.where(out, 0.0, s)
-            e, relu, sigma = terms(t)
-            if LOSS:
-                p, log2_sum = add_logs(p, log2_sum + sum_lanes(relu), e)
-                products += sum_lanes(s)
-                sigmas += sum_lanes(sigma)
-                if DPARAMS:
-                    sigma_products += sum_lanes(sigma * s)
+            sigma, p, log2_sum, products, sigmas, sigma_products = negative_tile(
+                s, t, p, log2_sum, products, sigmas, sigma_products, LOSS, DPARAMS
+            )
             g = sigma * grad_n  # (8)
         if GRAD:
             if SCALED:
@@ -337,7 +349,7 @@ def sweep_kernel(
             for split in range(0, splits):
                 acc += tl.load(partial_ptr + split * stride + block + at, cache_modifier=".cg")
             back = tl.load(x_rows_ptr + m_pad + rows)
-            z = load_rows(x_ptr + block, at, (rows < m_pad)[:, None], m_pad, BLOCK_D, PRODUCT)
+            z = load_rows(x_ptr, block, at, (rows < m_pad)[:, None], m_pad, WIDTH, PRODUCT)
             dx = project(acc, z, inverse, back, tl.load(coef_ptr + 6), NORMALIZE)
             dx_at = tl.arange(0, BLOCK_M)[:, None] * d + depth[None, :]
             tl.store(dx_ptr + row0.to(tl.int64) * d + dx_at, dx, mask=(rows[:, None] < m) & (depth[None, :] < d))
@@ -346,15 +358,14 @@ def sweep_kernel(
 @triton.jit(do_not_specialize=["n", "d", "splits"])
 def project_kernel(
     g_ptr,  # [splits, n_pad, WIDTH] the rows' gradient over the unit, in parts; may be dz_ptr's memory
-    z_ptr,  # [n_pad, WIDTH], prepared; fp16x3: [2, n_pad, WIDTH]
+    z_ptr,  # [n_pad, WIDTH], prepared
     rows_ptr,  # [3, n_pad]
     coef_ptr,
     dz_ptr,  # [n, d]
     n, n_pad, d, splits,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NORMALIZE: tl.constexpr, BOTH_NORMS: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NORMALIZE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Eq. (10). BOTH_NORMS: the coefficients were terms_kernel's, with the row's own norm in them."""
+    """Eq. (10) for what the sweeps left, where they did not finish themselves."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     at = row[:, None].to(tl.int64) * WIDTH + column[None, :]
@@ -364,9 +375,7 @@ def project_kernel(
     g = tl.load(g_ptr + at, mask=mask, other=0.0)
     for split in range(1, splits):
         g += tl.load(g_ptr + split * n_pad.to(tl.int64) * WIDTH + at, mask=mask, other=0.0)
-    if BOTH_NORMS:
-        g = g / inverse[:, None]
-    z = load_rows(z_ptr, at, mask, n_pad, WIDTH, PRODUCT)
+    z = load_rows(z_ptr, 0, at, mask, n_pad, WIDTH, PRODUCT)
     dz = project(g, z, inverse, back, tl.load(coef_ptr + 6), NORMALIZE)
     tl.debug_barrier()
     dz_at = dz_ptr + row[:, None].to(tl.int64) * d + column[None, :]

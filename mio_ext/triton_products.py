@@ -74,8 +74,9 @@ def load_operand(ptr, at, n_pad, WIDTH: tl.constexpr, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def add_products(x, x_low, y, y_low, s, PRODUCT: tl.constexpr):
-    """s + x yᵀ, the smallest products first."""
+def row_products(x, x_low, y, y_low, PRODUCT: tl.constexpr):
+    """x yᵀ, the smallest products first."""
+    s = tl.zeros([x.shape[0], y.shape[0]], tl.float32)
     if PRODUCT == "fp16x3":
         s = matmul(x_low, tl.trans(y), s)
         s = matmul(x, tl.trans(y_low), s)
@@ -83,10 +84,15 @@ def add_products(x, x_low, y, y_low, s, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, at, mask, n_pad, WIDTH: tl.constexpr, PRODUCT: tl.constexpr):
-    """Prepared rows in float32, from the halves if they are in two."""
-    z = tl.load(ptr + at, mask=mask, other=0.0)
+def float32_copy(ptr, n_pad, WIDTH: tl.constexpr):
+    """Where fp16x3's prepared rows are once more, behind their halves: these lose a float32's last bit."""
+    return (ptr + 2 * n_pad.to(tl.int64) * WIDTH).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def load_rows(ptr, first, at, mask, n_pad, WIDTH: tl.constexpr, PRODUCT: tl.constexpr):
+    """Prepared rows as they are, from element ``first`` on."""
     if PRODUCT == "fp16x3":
-        low = tl.load(ptr + n_pad.to(tl.int64) * WIDTH + at, mask=mask, other=0.0)
-        z = z.to(tl.float32) + low.to(tl.float32)
-    return z
+        return tl.load(float32_copy(ptr, n_pad, WIDTH) + first + at, mask=mask, other=0.0)
+    else:
+        return tl.load(ptr + first + at, mask=mask, other=0.0)

@@ -39,7 +39,8 @@ def narrow(v, dtype: tl.constexpr):
     """v in ``dtype``, rounded to nearest even. The interpreter would cut bfloat16 off."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = v.to(tl.int32, bitcast=True)
-        v = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        v = tl.where(v == v, rounded, float("nan"))
     return v.to(dtype)
 
 
@@ -152,6 +153,30 @@ def special_columns(
             there = (rows < m) & (column >= 0) & (column < k) & (j >= own_first) & (j < own_end)
             positive = tl.where(there & (column != own), column, positive).to(tl.int32)
     return positive, own
+
+
+@triton.jit
+def count_negatives(rows, m, first, end, positive_col, own_col):
+    """How many negative pairs the rows have in columns [first, end), without ids."""
+    count = tl.where(rows < m, end - first, 0)
+    count -= ((positive_col >= first) & (positive_col < end)).to(tl.int32)
+    count -= ((own_col >= first) & (own_col < end)).to(tl.int32)
+    return tl.sum(count.to(tl.int64), 0)
+
+
+@triton.jit
+def negative_tile(
+    s, t, p, log2_sum, products, sigmas, sigma_products, LOSS: tl.constexpr, DPARAMS: tl.constexpr
+):  # fmt: skip
+    """σ(t), and the sums, of a tile of negative pairs; t = −∞ and s = 0: no pair."""
+    e, relu, sigma = terms(t)
+    if LOSS:
+        p, log2_sum = add_logs(p, log2_sum + sum_lanes(relu), e)
+        products += sum_lanes(s)
+        sigmas += sum_lanes(sigma)
+        if DPARAMS:
+            sigma_products += sum_lanes(sigma * s)
+    return sigma, p, log2_sum, products, sigmas, sigma_products
 
 
 @triton.jit

@@ -88,7 +88,7 @@ LABEL_TILES: dict[tuple[int, str, int], Tile] = {
     (90, "16-bit", 256): Tile(64, 16, 8, 3),
     (90, "tf32", 128): Tile(32, 16, 8, 2),
     (90, "fp16x3", 128): Tile(32, 16, 8, 2),
-    (90, "fp16x3", 256): Tile(32, 16, 8, 2),
+    (90, "fp16x3", 256): Tile(16, 32, 8, 2),
     # 64 rows or more: Triton 3.6 cannot compile them
     (100, "fp16x3", 64): Tile(32, 16, 8, 2),
     (100, "fp16x3", 128): Tile(32, 16, 8, 2),

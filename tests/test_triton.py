@@ -47,10 +47,18 @@ def tf32():
 @pytest.mark.skipif(
     before("triton", 3, 7) and not before("numpy", 2, 4), reason="Triton 3.6 cannot interpret with NumPy 2.4 or later"
 )
-@pytest.mark.parametrize("part", ["matches", "not matches"])
-def test_in_the_interpreter(part):
+@pytest.mark.parametrize(
+    "file, part",
+    [
+        ("test_triton.py", "matches"),
+        ("test_triton.py", "not matches"),
+        ("test_triton_numerics.py", "nan"),
+        ("test_triton_numerics.py", "not nan"),
+    ],
+)
+def test_in_the_interpreter(file, part):
     result = run_python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_triton.py"), "-k", part,
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / file), "-k", part,
         env={"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:]
