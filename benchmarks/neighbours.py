@@ -18,13 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from contenders import is_ours  # noqa: E402
-from loss import interleaved  # noqa: E402
-from machine import facts, save  # noqa: E402
-from plan import Case  # noqa: E402
+from benchmarks.harness.machine import facts, save
+from benchmarks.harness.paths import ROOT
+from benchmarks.harness.plan import Case
+from benchmarks.harness.tables import is_ours
+from benchmarks.loss import interleaved
 
 NAMES = ["mio_ext cpu", "eager", "torch.compile"]
 
