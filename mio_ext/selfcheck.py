@@ -326,6 +326,17 @@ def remember(device: torch.device, cells: dict[str, str | None]) -> None:
         warnings.warn(f"mio_ext: the record of the check is kept for this process only ({error})", stacklevel=2)
 
 
+def known() -> dict[str, dict[str, str | None]]:
+    """The records this process knows, for others that are to :func:`adopt` them."""
+    return dict(_memory)
+
+
+def adopt(records: dict[str, dict[str, str | None]]) -> None:
+    """Take another process's records as one's own; those of another kind of device do no harm."""
+    _memory.update(records)
+    backends.forget_choices()
+
+
 def verified(index: int | None, cell: Cell) -> str | None:
     """The backend the record has for the cell on GPU ``index``."""
     return record(torch.device("cuda", torch.cuda.current_device() if index is None else index)).get(str(cell))

@@ -13,6 +13,7 @@ from conftest import run_python
 
 from mio_ext import backends, selfcheck
 from mio_ext.backends import Cell
+from train.device import verify_loss_backend
 
 CPU = torch.device("cpu")
 CELL = Cell(torch.float32, False)
@@ -291,3 +292,35 @@ def test_the_command(monkeypatch, capsys):
 def test_bad_commands(arguments, message):
     got = run_python("-m", "mio_ext", *arguments)
     assert got.returncode != 0 and message in got.stderr and "Traceback" not in got.stderr
+
+
+# ---------------------------------------------------------------- train/pretrain.py
+
+
+class Others:
+    """The processes of a run, as a process that is not the first sees them."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def from_first(self, make):
+        return self.said
+
+
+def test_pretraining_checks_an_unknown_gpu_and_says_so_in_a_line(gpu, monkeypatch, capsys):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(selfcheck, "problems", lambda cell, _, of=selfcheck.problems: of(cell, CPU))
+    child_that(monkeypatch, f"print('''{result({})}''')")
+    verify_loss_backend(device, 128)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("checked the kernels on this GPU for float32 D <= 256")
+    verify_loss_backend(device, 128)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_other_processes_take_the_first_ones_word(gpu, monkeypatch, capsys):
+    device = torch.device("cuda", 0)
+    first = {json.dumps(selfcheck.key(device)): {str(CELL): "triton"}}
+    monkeypatch.setattr(selfcheck, "check", lambda *_: pytest.fail("only the first process checks"))
+    verify_loss_backend(device, 128, Others((None, first)))
+    assert backends.auto_on_gpu(0, CELL).backend == "triton"

@@ -12,7 +12,7 @@ import torch
 from train.augment import Preprocess, ViewRanges
 from train.config import Config, load_config
 from train.data import ImageData, load_data
-from train.device import check_loss_backend, choose_device, use_bfloat16
+from train.device import check_loss_backend, choose_device, use_bfloat16, verify_loss_backend
 from train.errors import UserError
 from train.model import PretrainModel, build_model, resolve_stem
 from train.objective import Objective
@@ -41,6 +41,8 @@ def assemble(config: Config, processes: Processes = ALONE) -> Setup:
             f"number, {processes.count}"
         )
     device = choose_device(config.device, processes)
+    if config.loss_backend == "auto":
+        verify_loss_backend(device, config.embedding, processes)
     check_loss_backend(config.loss_backend, device)
     with processes.one_before_the_others():
         data = load_data(

@@ -12,6 +12,7 @@ import torch
 import torchvision
 
 import mio_ext
+from mio_ext import selfcheck
 from train.errors import UserError
 from train.processes import ALONE, Processes
 
@@ -47,6 +48,17 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, hence the getattr
     return supported is not None and bool(supported())
+
+
+def verify_loss_backend(device: torch.device, width: int, processes: Processes = ALONE) -> None:
+    """On a GPU of a kind that was never measured, check the fused kernels before "auto" has to choose.
+
+    The first process does, in child processes, and says in a line what came out; the others take its word.
+    """
+    line, records = processes.from_first(lambda: (selfcheck.ensure(device, torch.float32, width), selfcheck.known()))
+    selfcheck.adopt(records)
+    if line is not None:
+        print(line, flush=True)
 
 
 def check_loss_backend(backend: str, device: torch.device) -> None:
