@@ -32,8 +32,8 @@ class Classes {
     double spread;         // Σ |y_j - m|^2/2
   };
 
-  template <class Rows>
-  void gather(const Rows& rows, int64_t ids) {
+  template <class Layout>
+  void gather(const Layout& rows, int64_t ids) {
     ld_ = rows.ld;
     for (Buffer<T>* sums : {&mean_, &rest_}) {
       sums->allocate(ids * ld_);

@@ -60,7 +60,7 @@ class Progress {
 // steps; the owner of an earlier job never waits for a later one, so this cannot deadlock, whatever the number of
 // workers.
 //
-// The first step of a block is the place to prepare it, the last one the place to finish it: every block of the other
+// The first step of a block is the place to prepare it, the last one the place to project it: every block of the other
 // side is prepared by then. So there is no barrier anywhere.
 class Schedule {
  public:

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors, the register-blocked matrix product and the exponential, for one instruction set.
 //
-// This file and the two that build on it are compiled once per instruction set: the including file sets
-// the target and defines MIO_ISA (a namespace), MIO_VECTOR_BYTES and the register block MIO_MR rows x
-// MIO_NV vectors. All arithmetic is in GCC vector extensions, so the same text serves AVX-512, AVX2, NEON
-// and plain SSE2. None of the three may include a standard header: an inline function instantiated here
+// This file and those that build on it (terms.h, prepare*.h, linear.h, sweep.h) are compiled once per instruction set:
+// instruction_sets.cpp sets the target and defines MIO_ISA (a namespace), MIO_VECTOR_BYTES and the register block
+// MIO_MR rows x MIO_NV vectors. All arithmetic is in GCC vector extensions, so the same text serves AVX-512, AVX2, NEON
+// and plain SSE2. None of them may include a standard header: an inline function instantiated here
 // would carry this target's instructions into every other translation unit.
 
 namespace mio_ext {
@@ -50,7 +50,7 @@ struct Simd<Pair> {
   typedef Pair Vec __attribute__((vector_size(MIO_VECTOR_BYTES)));
 };
 
-// Columns of one register block; packed panels have this width.
+// Columns of one register block; panels have this width.
 template <typename T>
 constexpr int kPanel = kWidth<T> * MIO_NV;
 

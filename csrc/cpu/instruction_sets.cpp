@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiles the CPU kernel once per instruction set and picks one when the program runs.
+#include "buffers.h"
 #include "pairwise_bce_cpu.h"
 #include "schedule.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -21,77 +20,6 @@
 #endif
 
 namespace mio_ext {
-
-using Parallel = ParallelFor;
-
-// Memory a thread keeps for its next call. Where a batch is small, fresh pages cost as much as half the
-// arithmetic, and a training loop asks for the same sizes at every step.
-class Reserve {
- public:
-  static Reserve& of_this_thread() {
-    thread_local Reserve reserve;
-    return reserve;
-  }
-  ~Reserve() { keep_at_most(0); }
-
-  void* take(size_t bytes) {
-    for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
-      if (block->bytes == bytes) {
-        void* memory = block->memory;
-        kept_ -= bytes;
-        blocks_.erase(block);
-        return memory;
-      }
-    return ::operator new(bytes, kLine);
-  }
-
-  void give(void* memory, size_t bytes) {
-    blocks_.push_back({memory, bytes});
-    kept_ += bytes;
-    keep_at_most(kMaxKept);
-  }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  static constexpr size_t kMaxKept = size_t{8} << 20;
-  struct Block {
-    void* memory;
-    size_t bytes;
-  };
-
-  void keep_at_most(size_t limit) {
-    while (kept_ > limit) {
-      ::operator delete(blocks_.front().memory, kLine);
-      kept_ -= blocks_.front().bytes;
-      blocks_.erase(blocks_.begin());
-    }
-  }
-
-  std::vector<Block> blocks_;  // the oldest first
-  size_t kept_ = 0;
-};
-
-// Uninitialised memory on a cache line.
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() {
-    if (data_) Reserve::of_this_thread().give(data_, bytes_);
-  }
-  void allocate(int64_t count) {
-    bytes_ = static_cast<size_t>(count) * sizeof(T);
-    data_ = static_cast<T*>(Reserve::of_this_thread().take(bytes_));
-  }
-  T* data() { return data_; }
-  const T* data() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-  size_t bytes_ = 0;
-};
 
 // Ids of any size become small numbers, equal where the ids are: a vector lane holds one.
 class Ranks {
@@ -122,7 +50,7 @@ class Ranks {
 #define MIO_MR 8
 #define MIO_NV 2
 #define MIO_BFLOAT16
-#include "pairwise_bce_pass.h"
+#include "sweep.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -131,7 +59,7 @@ class Ranks {
 #define MIO_VECTOR_BYTES 64
 #define MIO_MR 8
 #define MIO_NV 2
-#include "pairwise_bce_pass.h"
+#include "sweep.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -140,7 +68,7 @@ class Ranks {
 #define MIO_VECTOR_BYTES 32
 #define MIO_MR 4
 #define MIO_NV 2
-#include "pairwise_bce_pass.h"
+#include "sweep.h"
 #pragma GCC pop_options
 
 #endif
@@ -149,7 +77,7 @@ class Ranks {
 #define MIO_VECTOR_BYTES 16
 #define MIO_MR 4
 #define MIO_NV 2
-#include "pairwise_bce_pass.h"
+#include "sweep.h"
 
 namespace mio_ext {
 

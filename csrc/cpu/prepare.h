@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows as the matrix products want them, and the three products of a tile.
-#include "pairwise_bce_kernel.h"
+#include "terms.h"
 
 namespace mio_ext {
 namespace MIO_ISA {
@@ -19,7 +19,7 @@ double sum_of_squares(const T* in, int64_t d) {
 
 // What every layout of a set of rows has: gradients, inverse norms, ids.
 template <typename T>
-struct PackedRows {
+struct PreparedBase {
   int64_t n, d, block, ld;             // ld: row stride, an odd number of vectors, so that rows do not share cache sets
   Buffer<T> inverse;                   // [n up to block] 1/max(|z|, eps), 0 where the gradient is 0; 1 without
                                        // normalisation
@@ -49,9 +49,9 @@ constexpr int64_t kFeatures = 128;
 
 // Normalised rows in the arithmetic type.
 template <typename T>
-struct Packed : PackedRows<T> {
-  using PackedRows<T>::n, PackedRows<T>::d, PackedRows<T>::ld, PackedRows<T>::inverse;
-  using PackedRows<T>::gradient, PackedRows<T>::block;
+struct Prepared : PreparedBase<T> {
+  using PreparedBase<T>::n, PreparedBase<T>::d, PreparedBase<T>::ld, PreparedBase<T>::inverse;
+  using PreparedBase<T>::gradient, PreparedBase<T>::block;
   struct Scratch {
     void allocate(int64_t, int64_t) {}
   };
@@ -59,17 +59,17 @@ struct Packed : PackedRows<T> {
   Buffer<T> panels;  // [n / kPanel up][d][kPanel]: the transpose, in panels; columns only
 
   void allocate(int64_t count, int64_t dim, int64_t block_rows, bool columns, bool grad, bool with_ids) {
-    const int64_t padded = PackedRows<T>::allocate(count, dim, block_rows, grad, with_ids);
+    const int64_t padded = PreparedBase<T>::allocate(count, dim, block_rows, grad, with_ids);
     rows.allocate(padded * ld);
     if (columns) panels.allocate(padded * d);
   }
 
   // The block of rows of z [n, d] that begins with `first`.
-  void pack(const T* z, int64_t first, bool normalize) {
-    for (int64_t i = first; i < first + block; i += kPanel<T>) pack_panel(z, i, normalize);
+  void prepare(const T* z, int64_t first, bool normalize) {
+    for (int64_t i = first; i < first + block; i += kPanel<T>) prepare_panel(z, i, normalize);
   }
 
-  void pack_panel(const T* z, int64_t first, bool normalize) {
+  void prepare_panel(const T* z, int64_t first, bool normalize) {
     for (int64_t i = first; i < first + kPanel<T>; ++i) {
       T* row = rows.data() + i * ld;
       const T* in = z + i * d;
@@ -90,7 +90,7 @@ struct Packed : PackedRows<T> {
   }
 
   // s = x yT for the m rows of x from row0, the n rows of y from col0.
-  static void logits(const Packed& x, int64_t row0, int64_t m, const Packed& y, int64_t col0, int64_t n, bool, T* s,
+  static void logits(const Prepared& x, int64_t row0, int64_t m, const Prepared& y, int64_t col0, int64_t n, bool, T* s,
                      int64_t lds) {
     const int64_t d = x.d, n_padded = (n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
     for (int64_t c = 0; c < d; c += kFeatures) {
@@ -101,7 +101,7 @@ struct Packed : PackedRows<T> {
   }
 
   // dx += s y, dy += sT x where they are wanted. s is dL/ds / unit; `mean` is of no use here.
-  static void gradients(Packed& x, int64_t row0, int64_t m, Packed& y, int64_t col0, int64_t n, bool dx, bool dy,
+  static void gradients(Prepared& x, int64_t row0, int64_t m, Prepared& y, int64_t col0, int64_t n, bool dx, bool dy,
                         const T* s, int64_t lds, double /*mean*/, Scratch&) {
     if (dx)
       gemm<T, T, false, true>(m, y.width(), n, s, lds, y.rows.data() + col0 * y.ld, kPanel<T>, y.ld,

@@ -63,15 +63,15 @@ struct TermSums {
 constexpr int kFactorsPerLog = 64;
 
 // The numbers a tile needs, in the arithmetic type.
-// Gradient coefficients are divided by `unit`, the largest of them, which comes back in project():
+// Gradient coefficients are divided by `unit`, the largest of them, which comes back in project_row():
 // so a tiny weight 1/N^2 flushes nothing.
 template <typename T>
-struct TileParams {
+struct Coefficients {
   T scale_p, scale_n, bias;
   T grad_p, grad_n, grad_l;
   T unit;
 
-  explicit TileParams(const LossParams& p) {
+  explicit Coefficients(const LossParams& p) {
     auto abs = [](double v) { return v < 0 ? -v : v; };
     scale_p = T(p.scale_p);
     scale_n = T(p.scale_n);
@@ -90,7 +90,7 @@ struct TileParams {
 
 // A tile whose pairs are all negative: s [rows, cols] becomes dL/ds / unit in place.
 template <typename T, bool kGrad>
-void negative_tile(const TileParams<T>& p, int64_t rows, int64_t cols, T* s, int64_t lds, ClassSums& sums) {
+void negative_tile(const Coefficients<T>& p, int64_t rows, int64_t cols, T* s, int64_t lds, ClassSums& sums) {
   using Vec = typename Simd<T>::Vec;
   constexpr int W = kWidth<T>;
   TermSums<T> acc;
@@ -113,7 +113,7 @@ void negative_tile(const TileParams<T>& p, int64_t rows, int64_t cols, T* s, int
 
 // Where a tile lies, for tiles that a diagonal, a ragged edge or ids touch. All in tile coordinates.
 template <typename T>
-struct TileLabels {
+struct Pairs {
   using Lane = typename Simd<T>::Lane;
   const Lane* x_ids;   // of the tile's rows, or nullptr
   const Lane* y_ids;   // of the tile's columns, readable up to a whole vector
@@ -154,8 +154,7 @@ struct LabelledSums {
 // A tile with positives, self pairs, missing columns or ids. A positive on the diagonal leaves 0 in s and its dL/ds
 // with its row and its column.
 template <typename T, bool kGrad>
-void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t rows, T* s, int64_t lds,
-                   PairSums& sums) {
+void labelled_tile(const Coefficients<T>& p, const Pairs<T>& pairs, int64_t rows, T* s, int64_t lds, PairSums& sums) {
   using Vec = typename Simd<T>::Vec;
   using Int = typename Simd<T>::Int;
   using Lane = typename Simd<T>::Lane;
@@ -166,13 +165,13 @@ void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t 
   LabelledSums<T> acc;
   int factors = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    const Lane positive = labels.x_ids ? Lane(-1) : labels.positive(i);
-    const Lane self = labels.self(i);
-    for (int64_t j = 0; j < labels.cols; j += W) {
+    const Lane positive = pairs.x_ids ? Lane(-1) : pairs.positive(i);
+    const Lane self = pairs.self(i);
+    for (int64_t j = 0; j < pairs.cols; j += W) {
       T* at = s + i * lds + j;
       const Int column = iota + Lane(j);
-      const Int keep = (column != self) & (column < Lane(labels.cols));
-      const Int same = labels.x_ids ? Int(load_ids<T>(labels.y_ids + j) == labels.x_ids[i]) : Int(column == positive);
+      const Int keep = (column != self) & (column < Lane(pairs.cols));
+      const Int same = pairs.x_ids ? Int(load_ids<T>(pairs.y_ids + j) == pairs.x_ids[i]) : Int(column == positive);
       const Int is_pos = keep & same, is_neg = keep & ~same;
       const Vec v = load(at);
       const Term<T> term(is_pos ? -(v * p.scale_p + p.bias) : v * p.scale_n + p.bias);
@@ -191,7 +190,7 @@ void labelled_tile(const TileParams<T>& p, const TileLabels<T>& labels, int64_t 
     }
     if (kGrad && positive >= 0 && positive != self) {
       T& at = s[i * lds + positive];
-      labels.x_pull[i] = labels.y_pull[positive] = at;
+      pairs.x_pull[i] = pairs.y_pull[positive] = at;
       at = 0;
     }
   }

@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// One pass over all tiles of rows x columns. Fused: the logits of a tile, their loss, sigmoid and
+// One sweep over all tiles of rows x columns. Fused: the logits of a tile, their loss, sigmoid and
 // statistics, and the tile's share of both gradients; a tile of logits lives only in the cache of the
 // thread that works on it.
 #if defined(MIO_BFLOAT16)
-#include "packed_bfloat16.h"
+#include "prepare_bfloat16.h"
 #else
-#include "packed.h"
+#include "prepare.h"
 #endif
 #include "linear.h"
 
 namespace mio_ext {
 namespace MIO_ISA {
 
-// Rows: Packed<T>, or PackedBfloat16 where T is float.
-template <typename T, typename Rows>
-class Pass {
+// Layout: Prepared<T>, or PreparedBfloat16 where T is float.
+template <typename T, typename Layout>
+class Sweep {
   using Vec = typename Simd<T>::Vec;
   static constexpr int W = kWidth<T>;
 
  public:
-  explicit Pass(const PairwiseBCE<T>& problem)
+  explicit Sweep(const PairwiseBCE<T>& problem)
       : in_(problem),
         symmetric_(problem.y == nullptr),
-        params_(problem.params),
+        coefficients_(problem.params),
         row_block_(block_size(problem.m, problem.d)),
         col_block_(block_size(symmetric_ ? problem.m : problem.k, problem.d)) {
     const bool ids = problem.x_ids != nullptr;
@@ -31,7 +31,7 @@ class Pass {
   }
 
   // Row blocks own the sums of their tiles: added in the order of the schedule, not of the threads.
-  PairSums run(int threads, const Parallel& parallel) {
+  PairSums run(int threads, const ParallelFor& parallel) {
     if (in_.x_ids) {
       const Ranks ranks(in_.x_ids, in_.m, in_.y_ids, symmetric_ ? 0 : in_.k);
       for (int64_t i = 0; i < in_.m; ++i) x_.ids.data()[i] = ranks(in_.x_ids[i]);
@@ -45,21 +45,21 @@ class Pass {
     parallel(threads, [&](int) {
       Buffer<T> logits;
       logits.allocate(row_block_ * tile_ld());
-      typename Rows::Scratch scratch;
+      typename Layout::Scratch scratch;
       scratch.allocate(row_block_, col_block_);
       schedule.work(
           [&](Schedule::Side side, int64_t block) {
-            side == Schedule::kRows ? x_.pack(in_.x, block * row_block_, in_.normalize)
-                                    : y_.pack(in_.y, block * col_block_, in_.normalize);
+            side == Schedule::kRows ? x_.prepare(in_.x, block * row_block_, in_.normalize)
+                                    : y_.prepare(in_.y, block * col_block_, in_.normalize);
           },
           [&](int64_t row, int64_t col) {
             tile(row * row_block_, col * col_block_, logits.data(), scratch, sums[row]);
           },
           [&](Schedule::Side side, int64_t block) {
             if (side == Schedule::kRows)
-              sums[block].distance = finish(x_, columns(), block * row_block_, in_.dx);
+              sums[block].distance = project_block(x_, columns(), block * row_block_, in_.dx);
             else if (in_.dy)
-              finish(y_, x_, block * col_block_, in_.dy);
+              project_block(y_, x_, block * col_block_, in_.dy);
           });
     });
 
@@ -80,24 +80,25 @@ class Pass {
                 "blocks are whole panels, panels whole register blocks");
 
   int64_t tile_ld() const { return col_block_ + kWidth<T>; }  // an odd number of vectors
-  Rows& columns() { return symmetric_ ? x_ : y_; }
+  Layout& columns() { return symmetric_ ? x_ : y_; }
 
   // A block of x or y when all its tiles are done: its gradient, where that is wanted, and half the squared distances
   // of its positive pairs. `others` are the rows it was paired with.
-  double finish(Rows& rows, const Rows& others, int64_t first, T* out) {
+  double project_block(Layout& rows, const Layout& others, int64_t first, T* out) {
     if (in_.x_ids) std::call_once(classes_gathered_, [this] { gather_classes(); });
     double distances = 0;
     for (int64_t i = first; i < rows.n && i < first + rows.block; ++i) {
       T* const out_i = out ? out + i * rows.d : nullptr;
-      distances += in_.x_ids ? finish_in_class(rows, others, i, out_i) : finish_beside_partner(rows, others, i, out_i);
+      distances +=
+          in_.x_ids ? project_in_class(rows, others, i, out_i) : project_beside_partner(rows, others, i, out_i);
     }
     return distances;
   }
 
-  double finish_beside_partner(Rows& rows, const Rows& others, int64_t i, T* out) const {
+  double project_beside_partner(Layout& rows, const Layout& others, int64_t i, T* out) const {
     const int64_t partner = positive(rows, i);
     if (partner < 0) {
-      project(rows, i, [](int64_t) { return Vec{}; }, out);
+      project_row(rows, i, [](int64_t) { return Vec{}; }, out);
       return 0;
     }
     const T pull = rows.pull.data()[i];
@@ -105,26 +106,26 @@ class Pass {
     auto of_partner = [&](int64_t c) {
       const Vec theirs = others.row_vector(partner, c), difference = rows.row_vector(i, c) - theirs;
       squares += difference * difference;
-      return pull * theirs + params_.grad_l * difference;
+      return pull * theirs + coefficients_.grad_l * difference;
     };
-    project(rows, i, of_partner, out);
+    project_row(rows, i, of_partner, out);
     return sum_of_lanes<T>(squares) / 2;
   }
 
-  double finish_in_class(Rows& rows, const Rows& others, int64_t i, T* out) const {
+  double project_in_class(Layout& rows, const Layout& others, int64_t i, T* out) const {
     const auto others_alike = (&rows == &x_ ? column_classes_ : row_classes_)[rows.ids.data()[i]];
     auto from_mean = [&](int64_t c) { return rows.row_vector(i, c) - load(others_alike.mean + c); };
     auto rest = [&](int64_t c) { return load(others_alike.rest + c); };
-    auto to_class = [&](int64_t c) { return params_.grad_l * (others_alike.count * from_mean(c) - rest(c)); };
+    auto to_class = [&](int64_t c) { return coefficients_.grad_l * (others_alike.count * from_mean(c) - rest(c)); };
     const double distances = others_alike.count * dot<T>(rows.d, from_mean, from_mean) / 2 -
                              dot<T>(rows.d, from_mean, rest) + others_alike.spread;
     const int64_t self = excluded(rows, others, i);
     if (self < 0) {
-      project(rows, i, to_class, out);
+      project_row(rows, i, to_class, out);
       return distances;
     }
     auto to_self = [&](int64_t c) { return rows.row_vector(i, c) - others.row_vector(self, c); };
-    project(rows, i, [&](int64_t c) { return to_class(c) - params_.grad_l * to_self(c); }, out);
+    project_row(rows, i, [&](int64_t c) { return to_class(c) - coefficients_.grad_l * to_self(c); }, out);
     return distances - dot<T>(rows.d, to_self, to_self) / 2;
   }
 
@@ -134,7 +135,7 @@ class Pass {
   }
 
   // The one positive of row i of a side, among those of the other; -1: it has none.
-  int64_t positive(const Rows& rows, int64_t i) const {
+  int64_t positive(const Layout& rows, int64_t i) const {
     if (in_.exclude_self && in_.shift == 0) return -1;
     if (&rows == &x_) {
       const int64_t j = in_.offset + (i + in_.shift) % in_.m;
@@ -146,7 +147,7 @@ class Pass {
 
   // The row that row i of a side shares an id with and is yet no pair with; -1: there is none. Where y = x it is i
   // itself, at a distance of 0.
-  int64_t excluded(const Rows& rows, const Rows& others, int64_t i) const {
+  int64_t excluded(const Layout& rows, const Layout& others, int64_t i) const {
     if (!in_.exclude_self || symmetric_) return -1;
     const int64_t self = &rows == &x_ ? in_.offset + i : i - in_.offset;
     return self >= 0 && self < others.n && others.ids.data()[self] == rows.ids.data()[i] ? self : -1;
@@ -155,7 +156,7 @@ class Pass {
   // Eq. (10) for row i: out [d] = (g - (row . g) row) times unit and inverse norm, g being what the products have left
   // of (9) and `rest`, which is asked for once. Where y = x every row is in both roles, and G is symmetric: twice that.
   template <class Rest>
-  void project(Rows& rows, int64_t i, const Rest& rest, T* out) const {
+  void project_row(Layout& rows, int64_t i, const Rest& rest, T* out) const {
     if (!out) {
       for (int64_t c = 0; c < rows.d; c += W) rest(c);
       return;
@@ -168,7 +169,7 @@ class Pass {
       store(g + c, v);
     }
     const T along = T(sum_of_lanes<T>(lanes));
-    const T scale = params_.unit * (symmetric_ ? 2 : 1) * rows.inverse.data()[i];
+    const T scale = coefficients_.unit * (symmetric_ ? 2 : 1) * rows.inverse.data()[i];
     for (int64_t c = 0; c < rows.d; c += W) {
       Vec v = load(g + c);
       if (in_.normalize) v -= along * rows.row_vector(i, c);
@@ -180,14 +181,14 @@ class Pass {
     }
   }
 
-  // Rows [row0, row0 + row_block) against columns [col0, col0 + col_block).
-  void tile(int64_t row0, int64_t col0, T* s, typename Rows::Scratch& scratch, PairSums& sums) {
-    Rows& cols = columns();
+  // Layout [row0, row0 + row_block) against columns [col0, col0 + col_block).
+  void tile(int64_t row0, int64_t col0, T* s, typename Layout::Scratch& scratch, PairSums& sums) {
+    Layout& cols = columns();
     const int64_t lds = tile_ld();
     const int64_t m = in_.m - row0 < row_block_ ? in_.m - row0 : row_block_;
     const int64_t n = cols.n - col0 < col_block_ ? cols.n - col0 : col_block_;
     // s = x yT
-    Rows::logits(x_, row0, m, cols, col0, n, in_.normalize, s, lds);
+    Layout::logits(x_, row0, m, cols, col0, n, in_.normalize, s, lds);
     // s becomes the loss's derivative
     const bool diagonal = symmetric_ && row0 == col0;
     PairSums tile_sums;
@@ -197,27 +198,27 @@ class Pass {
     sums.add(tile_sums, symmetric_ && !diagonal ? 2 : 1);
     // dx += s y, dy += sT x
     const ClassSums& negative = tile_sums.negative;
-    const double mean = negative.count > 0 ? params_.grad_n * negative.sigmoid / negative.count : 0;
+    const double mean = negative.count > 0 ? coefficients_.grad_n * negative.sigmoid / negative.count : 0;
     if (grad)
-      Rows::gradients(x_, row0, m, cols, col0, n, in_.dx != nullptr, cols.gradient.data() && !diagonal, s, lds, mean,
-                      scratch);
+      Layout::gradients(x_, row0, m, cols, col0, n, in_.dx != nullptr, cols.gradient.data() && !diagonal, s, lds, mean,
+                        scratch);
   }
 
   template <bool kGrad>
   void terms(int64_t row0, int64_t col0, int64_t rows, int64_t cols, T* s, PairSums& sums) {
-    const Rows& columns = this->columns();
+    const Layout& columns = this->columns();
     if (!in_.x_ids && cols % kWidth<T> == 0 && !diagonals_touch(row0, col0, rows, cols))
-      return negative_tile<T, kGrad>(params_, rows, cols, s, tile_ld(), sums.negative);
-    TileLabels<T> labels;
-    labels.x_ids = in_.x_ids ? x_.ids.data() + row0 : nullptr;
-    labels.y_ids = in_.x_ids ? columns.ids.data() + col0 : nullptr;
-    labels.x_pull = x_.pull.data() + row0;
-    labels.y_pull = this->columns().pull.data() + col0;
-    labels.cols = cols;
-    labels.row0 = row0, labels.col0 = col0;
-    labels.m = in_.m, labels.shift = in_.shift, labels.offset = in_.offset;
-    labels.exclude_self = in_.exclude_self;
-    labelled_tile<T, kGrad>(params_, labels, rows, s, tile_ld(), sums);
+      return negative_tile<T, kGrad>(coefficients_, rows, cols, s, tile_ld(), sums.negative);
+    Pairs<T> pairs;
+    pairs.x_ids = in_.x_ids ? x_.ids.data() + row0 : nullptr;
+    pairs.y_ids = in_.x_ids ? columns.ids.data() + col0 : nullptr;
+    pairs.x_pull = x_.pull.data() + row0;
+    pairs.y_pull = this->columns().pull.data() + col0;
+    pairs.cols = cols;
+    pairs.row0 = row0, pairs.col0 = col0;
+    pairs.m = in_.m, pairs.shift = in_.shift, pairs.offset = in_.offset;
+    pairs.exclude_self = in_.exclude_self;
+    labelled_tile<T, kGrad>(coefficients_, pairs, rows, s, tile_ld(), sums);
   }
 
   // Does the diagonal of positives or of self pairs cross this tile?
@@ -233,24 +234,24 @@ class Pass {
 
   const PairwiseBCE<T>& in_;
   const bool symmetric_;
-  const TileParams<T> params_;
+  const Coefficients<T> coefficients_;
   const int64_t row_block_, col_block_;
-  Rows x_, y_;
+  Layout x_, y_;
   int64_t ids_ = 0;  // different ones
   std::once_flag classes_gathered_;
   Classes<T> column_classes_, row_classes_;
 };
 
 template <typename T>
-PairSums run(const PairwiseBCE<T>& problem, int threads, const Parallel& parallel) {
+PairSums run(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel) {
 #if defined(MIO_BFLOAT16)
   // With few columns the rounding of their σ does not average out, and there is nothing to gain. Nor does it with ids,
   // whose positives, unlike those on a diagonal, are among what is rounded.
   if constexpr (std::is_same_v<T, float>)
     if (problem.bfloat16 && !problem.x_ids && std::min(problem.m, problem.k) >= 64)
-      return Pass<T, PackedBfloat16>(problem).run(threads, parallel);
+      return Sweep<T, PreparedBfloat16>(problem).run(threads, parallel);
 #endif
-  return Pass<T, Packed<T>>(problem).run(threads, parallel);
+  return Sweep<T, Prepared<T>>(problem).run(threads, parallel);
 }
 
 }  // namespace MIO_ISA

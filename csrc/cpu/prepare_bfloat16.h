@@ -8,7 +8,7 @@
 // sum over all of them almost vanishes.
 //
 // Two rows or columns of a pair lie 16 (a vector) apart, so that pairs are made lane by lane.
-#include "packed.h"
+#include "prepare.h"
 
 namespace mio_ext {
 namespace MIO_ISA {
@@ -24,7 +24,7 @@ inline PairVec round_to_pair(FloatVec low, FloatVec high) {
   return (l >> 16) | (h & 0xffff0000u);
 }
 
-struct PackedBfloat16 : PackedRows<float> {
+struct PreparedBfloat16 : PreparedBase<float> {
   static constexpr int W = kWidth<float>;
   static_assert(kPanel<float> == 2 * W, "a panel holds the two vectors of a pair");
 
@@ -46,7 +46,7 @@ struct PackedBfloat16 : PackedRows<float> {
   };
 
   void allocate(int64_t count, int64_t dim, int64_t block_rows, bool columns, bool grad, bool with_ids) {
-    const int64_t padded = PackedRows<float>::allocate(count, dim, block_rows, grad, with_ids);
+    const int64_t padded = PreparedBase<float>::allocate(count, dim, block_rows, grad, with_ids);
     feature_pairs = (d + 1) / 2, pair_ld = odd_vectors(feature_pairs);
     rows.allocate(padded * pair_ld);
     if (columns) panels.allocate(padded * feature_pairs);
@@ -64,8 +64,8 @@ struct PackedBfloat16 : PackedRows<float> {
   }
 
   // The block of rows of z [n, d] that begins with `first`.
-  void pack(const float* z, int64_t first, bool normalize) {
-    for (int64_t i = first; i < first + block; ++i) pack_row(z, i, normalize);
+  void prepare(const float* z, int64_t first, bool normalize) {
+    for (int64_t i = first; i < first + block; ++i) prepare_row(z, i, normalize);
     for (int64_t i = first; i < first + block; i += kPanel<float>) {
       const Pair* in = rows.data() + i * pair_ld;
       if (panels.data())
@@ -91,7 +91,7 @@ struct PackedBfloat16 : PackedRows<float> {
     }
   }
 
-  void pack_row(const float* z, int64_t i, bool normalize) {
+  void prepare_row(const float* z, int64_t i, bool normalize) {
     const float* in = z + i * d;
     const double norm = i < n ? __builtin_sqrt(sum_of_squares(in, d)) : 0;
     const double scale = !normalize ? 1 : 1 / (norm < kNormEps ? kNormEps : norm);
@@ -120,8 +120,8 @@ struct PackedBfloat16 : PackedRows<float> {
     return (in_panel < W ? low_half(v) : high_half(v)) * normalizer.data()[i];
   }
 
-  static void logits(const PackedBfloat16& x, int64_t row0, int64_t m, const PackedBfloat16& y, int64_t col0, int64_t n,
-                     bool normalize, float* s, int64_t lds) {
+  static void logits(const PreparedBfloat16& x, int64_t row0, int64_t m, const PreparedBfloat16& y, int64_t col0,
+                     int64_t n, bool normalize, float* s, int64_t lds) {
     constexpr int64_t kPart = kFeatures / 2;
     const int64_t d = x.feature_pairs, n_padded = (n + kPanel<float> - 1) / kPanel<float> * kPanel<float>;
     for (int64_t c = 0; c < d; c += kPart) {
@@ -137,8 +137,8 @@ struct PackedBfloat16 : PackedRows<float> {
   }
 
   // dx += s y, dy += sT x where they are wanted. s is dL/ds / unit and `mean` its typical value.
-  static void gradients(PackedBfloat16& x, int64_t row0, int64_t m, PackedBfloat16& y, int64_t col0, int64_t n, bool dx,
-                        bool dy, const float* s, int64_t lds, double mean, Scratch& scratch) {
+  static void gradients(PreparedBfloat16& x, int64_t row0, int64_t m, PreparedBfloat16& y, int64_t col0, int64_t n,
+                        bool dx, bool dy, const float* s, int64_t lds, double mean, Scratch& scratch) {
     const int64_t rows = x.rows_of_block(row0), cols = y.rows_of_block(col0);
     const PairVec means = round_to_pair(FloatVec{} + float(mean), FloatVec{} + float(mean));
     const FloatVec center = low_half(means);
