@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mio_ext.triton_tiles import SLICE_WIDTH, TILES, Tile, terms_tile, tile_for  # noqa: E402
+from mio_ext.triton.tiles import SLICE_WIDTH, TILES, Tile, terms_tile, tile_for  # noqa: E402
 
 #: Generation (compute capability / 10) -> what its tensor cores' instruction is called.
 MATRIX = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
@@ -156,10 +156,9 @@ def compile_entry(entry: Entry) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mio_ext import triton_chunked, triton_kernels
-    from mio_ext.triton_backend import OPTIONS
+    from mio_ext.triton import pairwise_bce
 
-    kernel = getattr(triton_kernels, entry.kernel, None) or getattr(triton_chunked, entry.kernel)
+    kernel = getattr(pairwise_bce, entry.kernel)
     loss_type = "fp64" if entry.dtype == "fp64" else "fp32"
     types = pointer_types(entry)
     signature, attrs = {}, {}
@@ -175,7 +174,7 @@ def compile_entry(entry: Entry) -> Resources:
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=entry.constants, attrs=attrs),
         target=GPUTarget("cuda", entry.capability, 32),
-        options=OPTIONS | {"num_warps": entry.warps, "num_stages": entry.stages},
+        options=pairwise_bce.OPTIONS | {"num_warps": entry.warps, "num_stages": entry.stages},
     )
     code, usage = disassemble(compiled.asm["cubin"])
     special_per_logit = None
