@@ -67,17 +67,19 @@ def positive_pairs(
     pass through tensor cores, which cut sums off: all positive pairs' errors would have one sign.
     """
     dtype: tl.constexpr = inverse.dtype
-    SLICES: tl.constexpr = 2 if WIDTH > BLOCK_D else 1
+    # Two whole rows would not fit in registers.
+    DEPTH: tl.constexpr = BLOCK_D if rows.shape[0] * BLOCK_D <= 4096 else 64
+    x_at, y_at = row_offsets(rows, WIDTH), row_offsets(positive_col, WIDTH)
+    x_there, y_there = (rows < m_pad)[:, None], there[:, None]
     col_inverse = tl.load(y_rows_ptr + positive_col, mask=there, other=1.0)
     # Exactly 1 where rows are equal, so that their difference is 0; a fast division does not promise that.
     ratio = tl.where(col_inverse == inverse, 1.0, col_inverse / inverse)
     product = tl.zeros(rows.shape, dtype)
     distance = tl.zeros(rows.shape, dtype)
-    for own in tl.static_range(2 - SLICES, 2):  # the program's own slice last: the gradient is made of it
-        depth = (SLICE if own else BLOCK_D - SLICE) + tl.arange(0, BLOCK_D)[None, :]
-        x_mask, y_mask = (rows < m_pad)[:, None] & (depth < WIDTH), there[:, None] & (depth < WIDTH)
-        x = load_rows(x_ptr, 0, row_offsets(rows, WIDTH) + depth, x_mask, m_pad, WIDTH, PRODUCT).to(dtype)
-        y = load_rows(y_ptr, 0, row_offsets(positive_col, WIDTH) + depth, y_mask, k_pad, WIDTH, PRODUCT).to(dtype)
+    for depth0 in range(0, WIDTH, DEPTH):
+        depth = depth0 + tl.arange(0, DEPTH)[None, :]
+        x = load_rows(x_ptr, 0, x_at + depth, x_there & (depth < WIDTH), m_pad, WIDTH, PRODUCT).to(dtype)
+        y = load_rows(y_ptr, 0, y_at + depth, y_there & (depth < WIDTH), k_pad, WIDTH, PRODUCT).to(dtype)
         product += tl.sum(x * y, 1)
         if NORMALIZE:
             difference = (x - y * ratio[:, None]) * inverse[:, None]  # x̂ − ŷ
@@ -93,11 +95,10 @@ def positive_pairs(
     pos = put(pos, 6, tl.sum(tl.where(there, sigma, 0.0), 0))
     pos = put(pos, 8, tl.sum(tl.where(there, sigma * product, 0.0), 0))
     pos = put(pos, 10, tl.sum(tl.where(there, distance, 0.0), 0))
-    if NORMALIZE:  # Read again, for two rows do not fit in registers until here; the barrier makes it happen.
-        tl.debug_barrier()
-        x = load_rows(x_ptr, 0, row_offsets(rows, WIDTH) + depth, x_mask, m_pad, WIDTH, PRODUCT).to(dtype)
-        y = load_rows(y_ptr, 0, row_offsets(positive_col, WIDTH) + depth, y_mask, k_pad, WIDTH, PRODUCT).to(dtype)
+    depth = SLICE + tl.arange(0, BLOCK_D)[None, :]
+    y = load_rows(y_ptr, 0, y_at + depth, y_there & (depth < WIDTH), k_pad, WIDTH, PRODUCT).to(dtype)
     g = (sigma * c.grad_p * col_inverse)[:, None] * y
     if NORMALIZE:  # w_l (x̂ − ŷ), not −w_l ŷ, of which eq. (10) would leave rounding errors where x̂ ≈ ŷ
+        x = load_rows(x_ptr, 0, x_at + depth, x_there & (depth < WIDTH), m_pad, WIDTH, PRODUCT).to(dtype)
         g -= (c.grad_l * inverse)[:, None] * (x - y * ratio[:, None])
-    return pos, tl.where(there[:, None], g, 0.0)
+    return pos, tl.where(y_there, g, 0.0)
