@@ -23,7 +23,7 @@ import tempfile
 from typing import Any, NamedTuple
 
 from benchmarks.harness.machine_code import ANY_MATRIX, main_loop, tool
-from mio_ext.triton_tiles import SLICE_WIDTH, TILES, Tile, terms_tile, tile_for
+from mio_ext.triton.tiles import SLICE_WIDTH, TILES, Tile, terms_tile, tile_for
 
 #: Generation (compute capability / 10) -> what its tensor cores' instruction is called.
 MATRIX = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
@@ -151,10 +151,9 @@ def compile_entry(entry: Entry) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mio_ext import triton_chunked, triton_kernels
-    from mio_ext.triton_backend import OPTIONS
+    from mio_ext.triton import pairwise_bce
 
-    kernel = getattr(triton_kernels, entry.kernel, None) or getattr(triton_chunked, entry.kernel)
+    kernel = getattr(pairwise_bce, entry.kernel)
     loss_type = "fp64" if entry.dtype == "fp64" else "fp32"
     types = pointer_types(entry)
     signature, attrs = {}, {}
@@ -170,7 +169,7 @@ def compile_entry(entry: Entry) -> Resources:
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=entry.constants, attrs=attrs),
         target=GPUTarget("cuda", entry.capability, 32),
-        options=OPTIONS | {"num_warps": entry.warps, "num_stages": entry.stages},
+        options=pairwise_bce.OPTIONS | {"num_warps": entry.warps, "num_stages": entry.stages},
     )
     code, usage = disassemble(compiled.asm["cubin"])
     special_per_logit = None

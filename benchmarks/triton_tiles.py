@@ -3,7 +3,7 @@
 
     python benchmarks/triton_tiles.py [--write]
 
-With --write the lines of this GPU's compute capability in mio_ext/triton_tiles.py are replaced. Candidates
+With --write the lines of this GPU's compute capability in mio_ext/triton/tiles.py are replaced. Candidates
 that spill, or want more shared memory than there is, do not take part. Check the result with
 benchmarks/triton_resources.py.
 """
@@ -20,18 +20,19 @@ import torch
 
 from benchmarks.harness.paths import ROOT
 from benchmarks.triton_resources import Entry, compile_entry, faults, sweep_constants
-from mio_ext import mio_loss, triton_backend, triton_tiles
+from mio_ext import mio_loss
+from mio_ext.triton import pairwise_bce, tiles
 
 SIZES = {"TILES": 32_768, "SMALL_TILES": 256}  # rows
 
 
-def candidates() -> list[triton_tiles.Tile]:
+def candidates() -> list[tiles.Tile]:
     warps_of = {32: (4, 8), 64: (4, 8), 128: (8,)}
     grid = itertools.product((32, 64, 128), (16, 32, 64, 128), (2, 3, 4))
-    return [triton_tiles.Tile(m, n, w, stages) for m, n, stages in grid for w in warps_of[m]]
+    return [tiles.Tile(m, n, w, stages) for m, n, stages in grid for w in warps_of[m]]
 
 
-def sound(capability: int, product: str, width: int, tile: triton_tiles.Tile, finish: bool) -> bool:
+def sound(capability: int, product: str, width: int, tile: tiles.Tile, finish: bool) -> bool:
     constants = sweep_constants(tile, product, width, NORMALIZE=True, EXCLUDE_SELF=True, FINISH=finish)
     dtype = "bf16" if product == "16-bit" else "fp32"
     entry = Entry("sweep_kernel", capability, dtype, constants, tile.warps, tile.stages, "")
@@ -65,9 +66,9 @@ def main() -> None:
         sys.exit(2)
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
-    path = ROOT / "mio_ext" / "triton_tiles.py"
+    path = ROOT / "mio_ext" / "triton" / "tiles.py"
     text = path.read_text()
-    products = triton_tiles.SLICE_WIDTH.items()
+    products = tiles.SLICE_WIDTH.items()
     for (name, rows), (product, slice_width), width in itertools.product(SIZES.items(), products, (64, 128, 256)):
         if width > slice_width and name == "SMALL_TILES":
             continue
@@ -76,7 +77,7 @@ def main() -> None:
         for tile in candidates():
             if not sound(capability, product, width, tile, finish=name == "SMALL_TILES"):
                 continue
-            triton_backend.tile_for = lambda *_, tile=tile, **__: tile
+            pairwise_bce.tile_for = lambda *_, tile=tile, **__: tile
             ms = time_ms(rows, width, torch.bfloat16 if product == "16-bit" else torch.float32)
             best = min(best or (ms, tile), (ms, tile))
         if best is None:

@@ -2,7 +2,7 @@
 """The op ``mio_ext::pairwise_bce`` as Python sees it: its call, fake implementation, autograd.
 
 The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_pass.h; backends.py says which implementation
-runs. That of its Triton twin ``mio_ext::pairwise_bce_triton`` is in triton_backend.py, imported when first called.
+runs. That of its Triton twin ``mio_ext::pairwise_bce_triton`` is in triton/pairwise_bce.py, imported when first called.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from . import triton_backend
+    from .triton.pairwise_bce import pairwise_bce
 
-    return triton_backend.pairwise_bce(*arguments)
+    return pairwise_bce(*arguments)
 
 
 if backends.extension is not None:

@@ -80,7 +80,7 @@ def test_the_check_of_resources_can_fail():
         from triton_resources import Entry, Resources, compile_entry, faults, sweep_constants
     finally:
         sys.path.pop(0)
-    from mio_ext.triton_tiles import Tile
+    from mio_ext.triton.tiles import Tile
 
     def entry(block_m, capability=90):
         constants = sweep_constants(Tile(block_m, 32, 4, 2), "16-bit", 64)
@@ -104,7 +104,7 @@ def test_the_check_of_resources_can_fail():
 @plain
 @pytest.mark.parametrize("capability, tiles_of", [(75, 80), (80, 80), (89, 80), (90, 90), (103, 100), (120, 80)])
 def test_which_tiles_a_gpu_takes(capability, tiles_of):
-    from mio_ext.triton_tiles import table_capability
+    from mio_ext.triton.tiles import table_capability
 
     assert table_capability(capability) == tiles_of
 
@@ -266,7 +266,7 @@ def test_zero_rows_get_no_gradient_and_nan_shows(d):
 @pytest.mark.parametrize("precision, product", [("ieee", "fp16x3"), ("tf32", "tf32")])
 def test_precision_set_through_the_newer_switch(precision, product):
     """PyTorch's older getter raises once someone has used it."""
-    from mio_ext.triton_backend import product_of
+    from mio_ext.triton.pairwise_bce import product_of
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
@@ -328,17 +328,17 @@ def test_rows_that_are_not_contiguous():
 
 @interpreted
 def test_same_bits_whatever_the_order_of_arrival(monkeypatch):
-    from mio_ext import triton_backend
+    from mio_ext.triton import pairwise_bce as backend
 
     z1, z2 = views(70, 20)
     first, second = (both(z1, z2, *TRITON)[0] for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     plans = []
     for splits in (1, 2, 5):
-        plan = lambda m, k, size, tile, slots, splits=splits: triton_backend.Plan(  # noqa: E731
+        plan = lambda m, k, size, tile, slots, splits=splits: backend.Plan(  # noqa: E731
             -(-m // tile.block_m), splits, -(-k // tile.block_n // splits)
         )
-        monkeypatch.setattr(triton_backend, "sweep_plan", plan)
+        monkeypatch.setattr(backend, "sweep_plan", plan)
         plans.append(both(z1, z2, *TRITON)[0])
     for loss, grad in plans:
         assert relative_error(loss, first[0]) < 1e-6 and relative_error(grad, first[1]) < 1e-5
@@ -347,9 +347,9 @@ def test_same_bits_whatever_the_order_of_arrival(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("d", [32, 256])
 def test_large_batches_finish_in_a_second_launch(monkeypatch, d):
-    from mio_ext import triton_backend
+    from mio_ext.triton import pairwise_bce as backend
 
-    monkeypatch.setattr(triton_backend, "FINISH_ROWS", 0)
+    monkeypatch.setattr(backend, "FINISH_ROWS", 0)
     for batch in (64, 70):  # in place, and not
         (loss, grad), (plain_loss, plain_grad), (exact_loss, exact_grad) = both(*views(batch, d), *TRITON)
         assert_no_worse_than(loss, plain_loss, exact_loss, 1e-6)
@@ -358,9 +358,9 @@ def test_large_batches_finish_in_a_second_launch(monkeypatch, d):
 
 @interpreted
 def test_several_chunks(monkeypatch):
-    from mio_ext import triton_backend
+    from mio_ext.triton import pairwise_bce as backend
 
-    monkeypatch.setattr(triton_backend, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(backend, "CHUNK_BYTES", 1)
     assert_matches_reference(TRITON, *features(140, 20, 260, torch.float32), normalize=True)
 
 
@@ -408,8 +408,8 @@ def test_launches_of_a_small_mio_step(monkeypatch, dtype, d):
 
 def test_every_split_of_columns_covers_them_once():
     pytest.importorskip("triton")
-    from mio_ext.triton_backend import sweep_plan
-    from mio_ext.triton_tiles import Tile
+    from mio_ext.triton.pairwise_bce import sweep_plan
+    from mio_ext.triton.tiles import Tile
 
     for m in (1, 256, 1000, 16384, 65536, 10**6):
         for k in (1, 31, 256, 4097, 65536):

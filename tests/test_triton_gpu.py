@@ -10,10 +10,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_a_smaller_batch_compiles_nothing():
-    from mio_ext import triton_kernels
+    from mio_ext.triton.prepare import prepare_kernel
+    from mio_ext.triton.sweep import sweep_kernel
 
     def compilations():
-        caches = triton_kernels.sweep_kernel.device_caches, triton_kernels.prepare_kernel.device_caches
+        caches = sweep_kernel.device_caches, prepare_kernel.device_caches
         return sum(len(entry[0]) for cache in caches for entry in cache.values())
 
     for batch in (3000, 2000):

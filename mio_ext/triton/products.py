@@ -10,7 +10,7 @@ fp16x3    float32 at full accuracy: numbers in two float16 of together 22 bits a
 import triton
 import triton.language as tl
 
-from .triton_terms import INTERPRET, narrow
+from .terms import INTERPRET, narrow
 
 # fp16x3: the largest element of a row is in [2^LIFT, 2^(LIFT + 1)), so that float16, which ends at 2^-24, cuts
 # the low halves off some 2^-37 below it. Products of two rows stay far from float32's ceiling.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles of the fused Triton kernel, as data. ``benchmarks/triton_tiles.py`` measures and rewrites TILES.
+"""Tiles of the fused Triton kernel, as data. ``benchmarks/tiles.py`` measures and rewrites TILES.
 
 Every entry must compile without a spill, with matrix instructions: ``benchmarks/triton_resources.py``.
 """
@@ -19,7 +19,7 @@ class Tile(NamedTuple):
 #: How much of a row's gradient fits in registers, by product; a wider row takes a sweep for each of two slices.
 SLICE_WIDTH = {"16-bit": 256, "tf32": 256, "fp16x3": 128}
 
-#: (compute capability, product, D up to) -> tile; the products are triton_kernels.py's.
+#: (compute capability, product, D up to) -> tile; the products are sweep.py's.
 TILES: dict[tuple[int, str, int], Tile] = {
     (80, "16-bit", 64): Tile(64, 32, 4, 3),
     (80, "16-bit", 128): Tile(64, 32, 4, 3),

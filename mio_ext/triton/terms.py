@@ -6,6 +6,8 @@ e = 2^−|t| it is Σ max(t, 0) + log2 Π(1 + e), and Π(1 + e) − 1 is kept, w
 """
 
 # Triton reads annotations and closures of these functions: no `from __future__ import annotations` here.
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -51,6 +53,22 @@ def log2_1p(v):
     return tl.where(w == 1.0, v / LN2, tl.log2(w) * (v / tl.where(w == 1.0, 1.0, w - 1.0)))
 
 
+class Softplus(NamedTuple):
+    """Σ softplus(t) / ln 2 = log2 + log2(1 + p), in lanes [R, 4]; see add_logs."""
+
+    p: tl.tensor
+    log2: tl.tensor
+
+
+class LaneSums(NamedTuple):
+    """Sums over negative pairs, in lanes [R, 4]; products are short of the rows' ``inverse``."""
+
+    softplus: Softplus
+    product: tl.tensor
+    sigma: tl.tensor
+    sigma_product: tl.tensor
+
+
 # In the accumulator of a matrix product a thread holds columns 2q, 2q + 1 of every eight, q its place in
 # a group of four. So [R, C] as [R, C / 8, 4, 2] reduces to four lanes a row without leaving the thread.
 
@@ -78,13 +96,15 @@ def multiply_lanes(e):
 
 
 @triton.jit
-def add_logs(p, log2_sum, e):
-    """Multiplies the columns' 1 + e into 1 + p [R, 4]; whole powers of two go to log2_sum, so p < 1.
+def add_logs(sum, relus, e):
+    """A Softplus and more columns: the relus' lanes, and of e the factors 1 + e.
 
-    At most 64 columns a lane, else the product overflows. No logarithm: that waits for the end.
+    At most 64 columns a lane, else the product overflows. No logarithm: that waits for the end; whole powers of
+    two leave p as they come, so it stays below 1.
     """
     q = multiply_lanes(e)
-    p = p * q + (p + q)
+    p = sum.p * q + (sum.p + q)
+    log2_sum = sum.log2 + relus
     if p.dtype == tl.float64:
         log2_sum += log2_1p(p)
         p = tl.zeros_like(p)
@@ -94,7 +114,18 @@ def add_logs(p, log2_sum, e):
         mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
         log2_sum += exponent.to(tl.float32)
         p = tl.where(exponent > 0, mantissa - 1.0, p)
-    return p, log2_sum
+    return Softplus(p, log2_sum)
+
+
+@triton.jit
+def log2_of(softplus):
+    return softplus.log2 + log2_1p(softplus.p)
+
+
+@triton.jit
+def no_lanes(R: tl.constexpr, dtype: tl.constexpr):
+    zero = tl.zeros([R, 4], dtype)
+    return LaneSums(Softplus(zero, zero), zero, zero, zero)
 
 
 @triton.jit
@@ -123,81 +154,39 @@ def pick(sums, at: tl.constexpr):
 
 
 @triton.jit
-def load_coef(coef_ptr):
-    """(scale_p, scale_n, bias, grad_p, grad_n, grad_l): what store_coef left there for the loops."""
-    return (
-        tl.load(coef_ptr), tl.load(coef_ptr + 1), tl.load(coef_ptr + 2),
-        tl.load(coef_ptr + 3), tl.load(coef_ptr + 4), tl.load(coef_ptr + 5),
-    )  # fmt: skip
-
-
-@triton.jit
-def special_columns(
-    rows, m, k, diag_self, diag_positive, diag_wrap, own_first, own_end,
-    HAS_IDS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """(positive column, own column if it does not count) of each row; -1: none.
-
-    In (i, j) of the op, the positive column offset + (i + shift) mod M is the two diagonals
-    j − i = offset + shift (− M) inside offset ≤ j < offset + M. TRANSPOSED sweeps have j for rows.
-    """
-    own = tl.full(rows.shape, -1, tl.int32)
-    if EXCLUDE_SELF:
-        column = rows + diag_self
-        own = tl.where((rows < m) & (column >= 0) & (column < k), column, -1).to(tl.int32)
-    positive = tl.full(rows.shape, -1, tl.int32)
-    if not HAS_IDS:
-        for wrapped in tl.static_range(2):
-            column = rows + (diag_wrap if wrapped else diag_positive)
-            j = rows if TRANSPOSED else column
-            there = (rows < m) & (column >= 0) & (column < k) & (j >= own_first) & (j < own_end)
-            positive = tl.where(there & (column != own), column, positive).to(tl.int32)
-    return positive, own
-
-
-@triton.jit
-def count_negatives(rows, m, first, end, positive_col, own_col):
-    """How many negative pairs the rows have in columns [first, end), without ids."""
-    count = tl.where(rows < m, end - first, 0)
-    count -= ((positive_col >= first) & (positive_col < end)).to(tl.int32)
-    count -= ((own_col >= first) & (own_col < end)).to(tl.int32)
-    return tl.sum(count.to(tl.int64), 0)
-
-
-@triton.jit
-def negative_tile(
-    s, t, p, log2_sum, products, sigmas, sigma_products, LOSS: tl.constexpr, DPARAMS: tl.constexpr
-):  # fmt: skip
-    """σ(t), and the sums, of a tile of negative pairs; t = −∞ and s = 0: no pair."""
+def negative_tile(s, t, sums, LOSS: tl.constexpr, DPARAMS: tl.constexpr):
+    """(σ(t), sums) with a tile of negative pairs; t = −∞ and s = 0: no pair."""
     e, relu, sigma = terms(t)
     if LOSS:
-        p, log2_sum = add_logs(p, log2_sum + sum_lanes(relu), e)
-        products += sum_lanes(s)
-        sigmas += sum_lanes(sigma)
+        sigma_product = sums.sigma_product
+        softplus = add_logs(sums.softplus, sum_lanes(relu), e)
+        product = sums.product + sum_lanes(s)
+        sigmas = sums.sigma + sum_lanes(sigma)
         if DPARAMS:
-            sigma_products += sum_lanes(sigma * s)
-    return sigma, p, log2_sum, products, sigmas, sigma_products
+            sigma_product += sum_lanes(sigma * s)
+        sums = LaneSums(softplus, product, sigmas, sigma_product)
+    return sigma, sums
 
 
 @triton.jit
 def labelled_tile(
-    s, inverse, half_norm, col_half_norm, positive, negative, scale_p, scale_n, bias, grad_p, grad_n, grad_l,
-    p, log2_sum, products, sigmas, sigma_products, pos_p, pos_log2, pos, LOSS: tl.constexpr, DPARAMS: tl.constexpr,
+    s, inverse, half_norm, col_half_norm, positive, negative, c, sums, positives, pos,
+    LOSS: tl.constexpr, DPARAMS: tl.constexpr,
 ):  # fmt: skip
-    """A tile with pairs of both classes: eq. (7)-(8) over the unit, and the sums.
+    """(coefficients of eq. (7)-(8) over the unit, sums) with a tile of pairs of both classes.
 
-    s: x·y short of the rows' ``inverse``. pos_p, pos_log2: add_logs of the positives; pos: the [SUMS]
-    vector of everything that is not kept in lanes.
+    s: x·y short of the rows' ``inverse``. positives: their Softplus; pos: the [SUMS] vector of everything that is
+    not kept in lanes.
     """
     product = s * inverse[:, None]
-    t = tl.where(positive, -(product * scale_p + bias), product * scale_n + bias)
+    t = tl.where(positive, -(product * c.scale_p + c.bias), product * c.scale_n + c.bias)
     e, relu, sigma = terms(t)
     if LOSS:
-        p, log2_sum = add_logs(p, log2_sum + sum_lanes(tl.where(negative, relu, 0.0)), tl.where(negative, e, 0.0))
-        products += sum_lanes(tl.where(negative, s, 0.0))
-        sigmas += sum_lanes(tl.where(negative, sigma, 0.0))
-        relus = sum_lanes(tl.where(positive, relu, 0.0))
-        pos_p, pos_log2 = add_logs(pos_p, pos_log2 + relus, tl.where(positive, e, 0.0))
+        sigma_product = sums.sigma_product
+        softplus = add_logs(sums.softplus, sum_lanes(tl.where(negative, relu, 0.0)), tl.where(negative, e, 0.0))
+        products = sums.product + sum_lanes(tl.where(negative, s, 0.0))
+        sigmas = sums.sigma + sum_lanes(tl.where(negative, sigma, 0.0))
+        positives = add_logs(positives, sum_lanes(tl.where(positive, relu, 0.0)), tl.where(positive, e, 0.0))
         half_norms = half_norm[:, None] + col_half_norm[None, :]
         pos = put(pos, 0, total(positive.to(tl.int32)))
         pos = put(pos, 1, total(negative.to(tl.int32)))
@@ -205,25 +194,26 @@ def labelled_tile(
         pos = put(pos, 6, total(tl.where(positive, sigma, 0.0)))
         pos = put(pos, 10, total(tl.where(positive, half_norms - product, 0.0)))
         if DPARAMS:
-            sigma_products += sum_lanes(tl.where(negative, sigma * s, 0.0))
+            sigma_product += sum_lanes(tl.where(negative, sigma * s, 0.0))
             pos = put(pos, 8, total(tl.where(positive, sigma * product, 0.0)))
-    g = tl.where(positive, sigma * grad_p + grad_l, tl.where(negative, sigma * grad_n, 0.0))
-    return g, p, log2_sum, products, sigmas, sigma_products, pos_p, pos_log2, pos
+        sums = LaneSums(softplus, products, sigmas, sigma_product)
+    g = tl.where(positive, sigma * c.grad_p + c.grad_l, tl.where(negative, sigma * c.grad_n, 0.0))
+    return g, sums, positives, pos
 
 
 @triton.jit
-def store_lanes(sums_ptr, p, log2_sum, products, sigmas, sigma_products, inverse, row_mask):
-    """Rounds off a program's negative pairs, lanes [R, 4], and stores them in its record of sums."""
+def store_lanes(sums_ptr, sums, inverse, row_mask):
+    """Rounds off a program's negative pairs and stores them in its record of sums."""
     keep = row_mask[:, None]
     row = inverse[:, None]
-    tl.store(sums_ptr + 3, total(tl.where(keep, log2_sum + log2_1p(p), 0.0).to(tl.float64)))
-    tl.store(sums_ptr + 5, total(tl.where(keep, products * row, 0.0).to(tl.float64)))
-    tl.store(sums_ptr + 7, total(tl.where(keep, sigmas, 0.0).to(tl.float64)))
-    tl.store(sums_ptr + 9, total(tl.where(keep, sigma_products * row, 0.0).to(tl.float64)))
+    tl.store(sums_ptr + 3, total(tl.where(keep, log2_of(sums.softplus), 0.0).to(tl.float64)))
+    tl.store(sums_ptr + 5, total(tl.where(keep, sums.product * row, 0.0).to(tl.float64)))
+    tl.store(sums_ptr + 7, total(tl.where(keep, sums.sigma, 0.0).to(tl.float64)))
+    tl.store(sums_ptr + 9, total(tl.where(keep, sums.sigma_product * row, 0.0).to(tl.float64)))
 
 
 @triton.jit
-def write_results(sums_ptr, programs, coef_ptr, loss_ptr, stats_ptr, dparams_ptr, DPARAMS: tl.constexpr):
+def write_results(sums_ptr, programs, coefficients_ptr, loss_ptr, stats_ptr, dparams_ptr, DPARAMS: tl.constexpr):
     """Eq. (12), the statistics and d loss / d (a_p, a_n, b, w_p, w_n, w_l) from all programs' sums, in order."""
     BLOCK: tl.constexpr = 32
     column = tl.arange(0, SUMS)
@@ -237,9 +227,9 @@ def write_results(sums_ptr, programs, coef_ptr, loss_ptr, stats_ptr, dparams_ptr
     softplus_p, softplus_n = pick(sums, 2) * LN2, pick(sums, 3) * LN2
     sigma_p, sigma_n = pick(sums, 6), pick(sums, 7)
     distance = pick(sums, 10)
-    w_p = tl.load(coef_ptr + 7).to(tl.float64)
-    w_n = tl.load(coef_ptr + 8).to(tl.float64)
-    w_l = tl.load(coef_ptr + 9).to(tl.float64)
+    w_p = tl.load(coefficients_ptr + 7).to(tl.float64)
+    w_n = tl.load(coefficients_ptr + 8).to(tl.float64)
+    w_l = tl.load(coefficients_ptr + 9).to(tl.float64)
     tl.store(loss_ptr, w_p * softplus_p + w_n * softplus_n + w_l * distance)
     tl.store(stats_ptr + 0, n_p)
     tl.store(stats_ptr + 1, n_n)

@@ -18,9 +18,14 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_chunked, triton_kernels
-from .triton_terms import SUMS
-from .triton_tiles import SLICE_WIDTH, Tile, terms_tile, tile_for
+from ..ops import Call
+from .chunked import finish_kernel, results_kernel, terms_kernel
+from .coefficients import COEFFICIENTS
+from .prepare import prepare_kernel
+from .project import project_kernel
+from .sweep import sweep_kernel
+from .terms import SUMS
+from .tiles import SLICE_WIDTH, Tile, terms_tile, tile_for
 
 #: How every kernel is compiled. Triton 3.10 is to make separate multiplications and additions unless asked.
 OPTIONS = {"enable_fp_fusion": True}
@@ -35,29 +40,12 @@ SPLIT_BYTES = 16 * 2**20
 #: Rows of prepared features are padded to a multiple of this; every tile divides it.
 ROW_MULTIPLE = 128
 #: Lifts coefficients ≤ 1 in magnitude from float16's floor, short of its ceiling.
-FLOAT16_SCALE = 2.0**15
+FLOAT16_LIFT = 2.0**15
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-class Call(NamedTuple):
-    """The op's arguments; contract in csrc/ops.cpp."""
-
-    x: Tensor
-    y: Tensor | None
-    x_ids: Tensor | None
-    y_ids: Tensor | None
-    params: Tensor | None
-    constants: list[float]
-    shift: int
-    offset: int
-    exclude_self: bool
-    normalize: bool
-    needs_grad: list[bool]
-    x2: Tensor | None = None
-
-
-class Rows(NamedTuple):
+class Prepared(NamedTuple):
     """Features as prepare_kernel leaves them."""
 
     z: Tensor  # [n_pad, width]; fp16x3: float16 [4, n_pad, width], two halves and, in the rest, float32_copy
@@ -77,7 +65,7 @@ class Rows(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Which pairs are what, from the point of view of a sweep's rows; see special_columns."""
+    """Which pairs are what, from the point of view of a sweep's rows; see pair_columns."""
 
     diag_self: int
     diag_positive: int
@@ -107,7 +95,7 @@ def column_splits(row_blocks: int, col_tiles: int, slots: int, bytes_a_split: in
 
 def rows_at_once(width: int, itemsize: int = 4) -> int:
     """Of a program that reads whole rows."""
-    return max(1, min(16, 16384 // itemsize // triton.next_power_of_2(width)))
+    return max(1, min(16, 16384 // itemsize // int(triton.next_power_of_2(width))))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -128,7 +116,7 @@ def pairwise_bce(*arguments: Any) -> Outputs:
 
 
 def product_of(dtype: torch.dtype, d: int) -> str | None:
-    """What the fused kernel multiplies, see triton_kernels.py; None: the chunked path is to be taken."""
+    """What the fused kernel multiplies, see products.py; None: the chunked path is to be taken."""
     if dtype == torch.float64 or d > FUSED_WIDTH:
         return None
     # What torch.set_float32_matmul_precision() sets too; its getter fails once someone has set this one.
@@ -157,30 +145,30 @@ class Job:
         elif dtype == torch.float64:
             # A kernel's float argument is float32.
             params = torch.stack([torch.full((), c, dtype=dtype, device=x.device) for c in call.constants])
-        self.coef = x.new_empty(10, dtype=dtype)
+        self.coefficients = x.new_empty(COEFFICIENTS, dtype=dtype)
         self.x = self._prepare(x, call.x_ids, params, call.constants)
         self.y = self.x if y is None else self._prepare(y, call.y_ids, None, None)
 
-    def _prepare(self, z: Tensor, ids: Tensor | None, params: Tensor | None, constants: list[float] | None) -> Rows:
+    def _prepare(self, z: Tensor, ids: Tensor | None, params: Tensor | None, constants: list[float] | None) -> Prepared:
         n, d = z.shape
         n_pad = triton.cdiv(n, ROW_MULTIPLE) * ROW_MULTIPLE
         width = triton.next_power_of_2(max(d, 16)) if self.product else triton.cdiv(d, 16) * 16
         halves = self.product == "fp16x3"
         out = z.new_empty((4, n_pad, width), dtype=torch.float16) if halves else z.new_empty(n_pad, width)
-        factors = self.coef.new_empty(3, n_pad)
+        factors = self.coefficients.new_empty(3, n_pad)
         counters = z.new_empty(1 + n_pad // 16, dtype=torch.int32)
         rows = rows_at_once(width)
         launch(
-            triton_kernels.prepare_kernel, (n_pad // rows,),
-            z, out, factors, counters, params if params is not None else self.coef, self.coef,
+            prepare_kernel, (n_pad // rows,),
+            z, out, factors, counters, params if params is not None else self.coefficients, self.coefficients,
             *(constants or [0.0] * 6), n, d, z.stride(0), z.stride(1), n_pad, counters.numel(),
             WIDTH=width, BLOCK_D=triton.next_power_of_2(width), ROWS=rows, NORMALIZE=self.call.normalize,
             FIRST=params is not None or constants is not None, HAS_PARAMS=params is not None,
-            COEF_SCALE=FLOAT16_SCALE if z.dtype == torch.float16 else 1.0,
+            COEFFICIENT_LIFT=FLOAT16_LIFT if z.dtype == torch.float16 else 1.0,
             GRADIENT_TIMES=2.0 if self.call.y is None else 1.0,  # G is symmetric, eq. (9)
             PRODUCT=self.product, num_warps=4,
         )  # fmt: skip
-        return Rows(out, factors, counters, None if ids is None else ids.contiguous(), n, d)
+        return Prepared(out, factors, counters, None if ids is None else ids.contiguous(), n, d)
 
     # ---------------------------------------------------------------- D <= 256
 
@@ -190,7 +178,7 @@ class Job:
         if dy:
             self._sweep(self.y, self.x, self.pairs.transposed(), self.dy, loss=False)
 
-    def _sweep(self, rows: Rows, cols: Rows, pairs: Pairs, grad: Tensor | None, loss: bool) -> None:
+    def _sweep(self, rows: Prepared, cols: Prepared, pairs: Pairs, grad: Tensor | None, loss: bool) -> None:
         assert self.product is not None
         capability, slots = _device(rows.z.device.index)
         width = rows.width
@@ -200,16 +188,16 @@ class Job:
         plan = sweep_plan(rows.n, cols.n, rows.n_pad * width * 4, tile, slots)
         sums = self.stats.new_empty(plan.row_blocks * plan.splits if loss else 0, SUMS.value)
         in_place = plan.splits == 1 and not finish and grad is not None and width == rows.d and rows.n_pad == rows.n
-        partial = self.coef.new_empty((plan.splits, rows.n_pad, width) if grad is not None and not in_place else 0)
-        if in_place and grad is not None:
-            partial = grad
+        parts = 0 if grad is None or in_place else plan.splits
+        partial = grad if grad is not None and in_place else self.coefficients.new_empty(parts, rows.n_pad, width)
         for at in range(0, width if grad is not None else block_d, block_d):
             first = loss and at == 0
             launch(
-                triton_kernels.sweep_kernel, (plan.row_blocks, plan.splits),
-                rows.z, cols.z, rows.factors, cols.factors, *self._ids(rows, cols), self.coef,
-                self.coef if grad is None else grad, partial, sums, rows.counters, self.loss, self.stats, self.dparams,
-                rows.n, cols.n, rows.d, rows.n_pad, cols.n_pad, *pairs, plan.tiles_per_split, plan.splits,
+                sweep_kernel, (plan.row_blocks, plan.splits),
+                rows.z, cols.z, rows.factors, cols.factors, *self._ids(rows, cols), self.coefficients,
+                self.coefficients if grad is None else grad, partial, sums, rows.counters,
+                self.loss, self.stats, self.dparams, rows.n, cols.n, rows.d, rows.n_pad, cols.n_pad,
+                *pairs, plan.tiles_per_split, plan.splits,
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, WIDTH=width, SLICE=at,
                 NORMALIZE=self.call.normalize, HAS_IDS=self.has_ids, EXCLUDE_SELF=self.call.exclude_self,
                 TRANSPOSED=not loss, GRAD=grad is not None, LOSS=first, DPARAMS=first and self.call.needs_grad[2],
@@ -218,16 +206,16 @@ class Job:
         if grad is not None and not finish:
             self._project(partial, rows, grad, plan.splits)
 
-    def _project(self, g: Tensor, rows: Rows, out: Tensor, splits: int) -> None:
+    def _project(self, g: Tensor, rows: Prepared, out: Tensor, splits: int) -> None:
         block = rows_at_once(rows.width)
         launch(
-            triton_kernels.project_kernel, (triton.cdiv(rows.n, block),),
-            g, rows.z, rows.factors, self.coef, out, rows.n, rows.n_pad, rows.d, splits,
+            project_kernel, (triton.cdiv(rows.n, block),),
+            g, rows.z, rows.factors, self.coefficients, out, rows.n, rows.n_pad, rows.d, splits,
             WIDTH=rows.width, BLOCK_D=triton.next_power_of_2(rows.width), ROWS=block, NORMALIZE=self.call.normalize,
             PRODUCT=self.product, num_warps=4,
         )  # fmt: skip
 
-    def _ids(self, rows: Rows, cols: Rows) -> tuple[Tensor, Tensor]:
+    def _ids(self, rows: Prepared, cols: Prepared) -> tuple[Tensor, Tensor]:
         if rows.ids is None:
             return rows.counters, rows.counters  # not read
         return rows.ids, rows.ids if cols.ids is None else cols.ids
@@ -237,24 +225,24 @@ class Job:
     def chunked(self) -> None:
         x, y = self.x, self.y
         want_dx, want_dy, want_dparams = self.call.needs_grad
-        tile = terms_tile(self.coef.element_size())
-        fit = CHUNK_BYTES // (y.n_pad * self.coef.element_size()) // ROW_MULTIPLE * ROW_MULTIPLE
+        tile = terms_tile(self.coefficients.element_size())
+        fit = CHUNK_BYTES // (y.n_pad * self.coefficients.element_size()) // ROW_MULTIPLE * ROW_MULTIPLE
         chunk = min(max(ROW_MULTIPLE, fit), x.n_pad)
-        products = self.coef.new_empty(chunk, y.n_pad)
+        products = self.coefficients.new_empty(chunk, y.n_pad)
         g = products.view(x.z.dtype)[:, : y.n_pad]
         terms = x.n_pad // tile.block_m
         finishing = 0 if self.has_ids else triton.cdiv(x.n, rows_at_once(x.width, self.loss.element_size()))
         sums = self.stats.new_empty(terms + finishing, SUMS.value)
         # The gradients are made where they are returned, unless padding is in the way.
-        dx = self.dx if x.z.shape == self.dx.shape else self.coef.new_empty(x.z.shape if want_dx else 0)
-        dy = self.dy if y.z.shape == self.dy.shape else self.coef.new_empty(y.z.shape if want_dy else 0)
+        dx = self.dx if x.z.shape == self.dx.shape else self.coefficients.new_empty(x.z.shape if want_dx else 0)
+        dy = self.dy if y.z.shape == self.dy.shape else self.coefficients.new_empty(y.z.shape if want_dy else 0)
         for row0 in range(0, x.n_pad, chunk):
             n_rows = min(chunk, x.n_pad - row0)
             rows = x.z[row0 : row0 + n_rows]
             product_into(products[:n_rows], rows, y.z.T)  # (2), but for the norms
             launch(
-                triton_chunked.terms_kernel, (n_rows // tile.block_m,),
-                products, g, x.factors, y.factors, *self._ids(x, y), self.coef, sums,
+                terms_kernel, (n_rows // tile.block_m,),
+                products, g, x.factors, y.factors, *self._ids(x, y), self.coefficients, sums,
                 row0, n_rows, row0 // tile.block_m, x.n, y.n, x.n_pad, y.n_pad, g.stride(0), *self.pairs,
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, HAS_IDS=self.has_ids,
                 EXCLUDE_SELF=self.call.exclude_self, GRAD=want_dx or want_dy, DPARAMS=want_dparams,
@@ -265,25 +253,33 @@ class Job:
             if want_dy:
                 product_into(dy, g[:n_rows].T, rows, accumulate=row0 > 0)
         if want_dx or not self.has_ids:
-            self._finish(dx, x, y, self.pairs, self.dx if want_dx else None, sums, terms)
+            self._finish(dx, x, y, self.pairs, self.dx if want_dx else None, (sums, terms))
         if want_dy:
-            self._finish(dy, y, x, self.pairs.transposed(), self.dy, None, 0)
+            self._finish(dy, y, x, self.pairs.transposed(), self.dy, None)
         launch(
-            triton_chunked.results_kernel, (1,),
-            sums, sums.shape[0], self.coef, self.loss, self.stats, self.dparams, DPARAMS=want_dparams,
+            results_kernel, (1,),
+            sums, sums.shape[0], self.coefficients, self.loss, self.stats, self.dparams, DPARAMS=want_dparams,
         )  # fmt: skip
 
     def _finish(
-        self, g: Tensor, rows: Rows, cols: Rows, pairs: Pairs, out: Tensor | None, sums: Tensor | None, record: int
+        self,
+        g: Tensor,
+        rows: Prepared,
+        cols: Prepared,
+        pairs: Pairs,
+        out: Tensor | None,
+        loss: tuple[Tensor, int] | None,
     ) -> None:
+        """``loss``: (sums, the first of the records that are for the positive pairs)."""
+        sums, record = loss or (self.stats, 0)
         block = rows_at_once(rows.width, self.loss.element_size())
         launch(
-            triton_chunked.finish_kernel, (triton.cdiv(rows.n, block),),
-            g, rows.z, rows.factors, cols.z, cols.factors, self.coef, g if out is None else out,
-            self.stats if sums is None else sums, record, rows.n, cols.n, rows.d, rows.n_pad, cols.n_pad, *pairs,
+            finish_kernel, (triton.cdiv(rows.n, block),),
+            g, rows.z, rows.factors, cols.z, cols.factors, self.coefficients, g if out is None else out,
+            sums, record, rows.n, cols.n, rows.d, rows.n_pad, cols.n_pad, *pairs,
             WIDTH=rows.width, BLOCK_D=triton.next_power_of_2(rows.width), ROWS=block, NORMALIZE=self.call.normalize,
-            HAS_IDS=self.has_ids, EXCLUDE_SELF=self.call.exclude_self, TRANSPOSED=sums is None,
-            GRAD=out is not None, LOSS=sums is not None, num_warps=4,
+            HAS_IDS=self.has_ids, EXCLUDE_SELF=self.call.exclude_self, TRANSPOSED=loss is None,
+            GRAD=out is not None, LOSS=loss is not None, num_warps=4,
         )  # fmt: skip
 
 
