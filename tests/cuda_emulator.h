@@ -22,7 +22,11 @@ inline float cut_off(double v) {
 
 namespace mio_ext {
 
+inline float rounded_product(float a, float b) { return a * b; }
+
+// A GPU's arithmetic has one NaN, of which no bit is 0; the CPU's carry bits of their own.
 inline uint32_t bits_of(float v) {
+  if (v != v) return 0x7fffffffu;
   uint32_t r;
   std::memcpy(&r, &v, 4);
   return r;
@@ -171,6 +175,8 @@ inline float disturbed(double v, float of, double size) {
 inline float exp2_approx(float v) { return disturbed(std::exp2(double(v)), v, 0x1p-22); }
 inline float reciprocal(float v) { return disturbed(1 / double(v), v, 0x1p-24); }
 
+inline int fresh_thread_index() { return int(emulator::machine.current); }
+inline int fresh_block_index() { return int(emulator::machine.block_index.x); }
 inline void sync_warp() {
   emulator::collective(nullptr, [](void**) {});
 }
@@ -192,6 +198,7 @@ T shuffle_xor(T v, int mask) {
 }
 template <typename T>
 T load_fresh(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) emulator::fail("a misaligned load");
   return *p;
 }
 

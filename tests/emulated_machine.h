@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -40,6 +41,9 @@ struct alignas(16) float4 {
 };
 struct alignas(8) uint2 {
   uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
 };
 
 namespace emulator {
@@ -115,11 +119,14 @@ struct Mbarrier {
   }
 };
 
+constexpr size_t kStackBytes = 256 * 1024;
+using Stack = std::unique_ptr<char[]>;
+inline std::vector<Stack> free_stacks;  // the kernel zeroes fresh ones page by page, which took half the time
+
 struct Block {
-  static constexpr size_t kStackBytes = 256 * 1024;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<Stack> stacks;
   std::unique_ptr<Guarded> memory;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
@@ -138,8 +145,15 @@ struct Block {
         shared(static_cast<unsigned char*>(memory->data())),
         shared_bytes(bytes),
         block_index(index) {
-    for (unsigned t = 0; t < n; ++t) stacks.emplace_back(new char[kStackBytes]);
+    for (unsigned t = 0; t < n; ++t) {
+      if (free_stacks.empty()) free_stacks.emplace_back(new char[kStackBytes]);
+      stacks.push_back(std::move(free_stacks.back()));
+      free_stacks.pop_back();
+    }
   }
+  Block(Block&&) = default;
+  Block& operator=(Block&&) = default;
+  ~Block() { std::move(stacks.begin(), stacks.end(), std::back_inserter(free_stacks)); }
 };
 
 // The block that runs, and what all share.
@@ -185,7 +199,7 @@ inline void start_or_resume(unsigned t) {
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = machine.stacks[t].get();
-  context.uc_stack.ss_size = Block::kStackBytes;
+  context.uc_stack.ss_size = kStackBytes;
   context.uc_link = nullptr;
   makecontext(&context, fiber, 0);
   setcontext(&context);

@@ -1,173 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels against a plain double loop over pairs, in cuda_emulator.h; compiled by nvcc, on the GPU.
+//
+//   pairwise_bce_cuda_test [--kind bf16|fp16|tf32|fp16x3] [--hopper 0|1] [--d features]
+//
+// runs the cases that all of these allow. Every case is named before it runs, so that of one which hangs there is a
+// trace; an error of CUDA's fails its case, and ends the program if the device is lost to it.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <string>
 #include <vector>
 
-#include "cuda/pairwise_bce_cuda.h"
-#include "cuda/pairwise_bce_tile.h"
-#include "double_loop.h"
+#include "cuda_test_problem.h"
 
 namespace {
 
 using namespace mio_ext;
 
-// Device memory; writing past its end is a fault in the emulator, and compute-sanitizer's business on a GPU.
-class Buffer {
- public:
-#if defined(__CUDACC__)
-  explicit Buffer(size_t bytes, size_t = 16) : bytes_(bytes) {
-    cudaMalloc(&data_, bytes);
-    cudaMemset(data_, 0xff, bytes);
-  }
-  ~Buffer() { cudaFree(data_); }
-  void* data() const { return data_; }
-  void put(const void* from) { cudaMemcpy(data_, from, bytes_, cudaMemcpyHostToDevice); }
-  void get(void* to) const { cudaMemcpy(to, data_, bytes_, cudaMemcpyDeviceToHost); }
-#else
-  explicit Buffer(size_t bytes, size_t alignment = 16) : bytes_(bytes), memory_(bytes, alignment) {}
-  void* data() const { return memory_.data(); }
-  void put(const void* from) { std::memcpy(data(), from, bytes_); }
-  void get(void* to) const { std::memcpy(to, data(), bytes_); }
-#endif
-  Buffer(const Buffer&) = delete;
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data());
-  }
-
- private:
-  size_t bytes_;
-#if defined(__CUDACC__)
-  void* data_ = nullptr;
-#else
-  emulator::Guarded memory_;
-#endif
-};
-
-struct Type {
-  Arithmetic arithmetic;
-  const char* name;
-  int bytes;
-  // Of the loss; of the gradient before it is rounded to the features' type: what the coefficients lose.
-  double loss_limit, gradient_limit;
-};
-constexpr Type kTypes[] = {{Arithmetic::kBf16, "bf16", 2, 1e-6, 3e-3},
-                           {Arithmetic::kFp16, "fp16", 2, 1e-6, 4e-4},
-                           {Arithmetic::kTf32, "tf32", 4, 1e-4, 1e-3},
-                           {Arithmetic::kFp16x3, "3xfp16", 4, 1e-6, 3e-6}};
-
-uint16_t narrow(Arithmetic to, float v) {
-  uint16_t bits;
-  if (to == Arithmetic::kFp16) {
-    const _Float16 h = _Float16(v);
-    std::memcpy(&bits, &h, 2);
-  } else {
-    uint32_t wide;
-    std::memcpy(&wide, &v, 4);
-    bits = uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
-  }
-  return bits;
-}
-double widen(Arithmetic from, uint16_t bits) {
-  if (from == Arithmetic::kFp16) {
-    _Float16 h;
-    std::memcpy(&h, &bits, 2);
-    return double(h);
-  }
-  const uint32_t wide = uint32_t(bits) << 16;
-  float v;
-  std::memcpy(&v, &wide, 4);
-  return v;
-}
-
-// Random features as the device has them, every `stride`th column of a wider matrix, and what they are in float64.
-struct Input {
-  std::vector<double> values;
-  Buffer buffer;
-  Features features;
-
-  Input(const Type& type, int64_t n, int64_t d, int stride, unsigned seed)
-      : values(random_matrix(n, d, seed)), buffer(size_t(n * d * stride * type.bytes), size_t(type.bytes)) {
-    std::vector<unsigned char> raw(size_t(n * d * stride * type.bytes), 0xff);
-    for (size_t i = 0; i < values.size(); ++i) {
-      const float v = float(values[i] * std::exp2(double(i / size_t(d) % 7) - 3));  // rows of different norms
-      values[i] = v;
-      if (type.bytes == 4) std::memcpy(&raw[i * size_t(stride) * 4], &v, 4);
-      if (type.bytes == 2) {
-        const uint16_t bits = narrow(type.arithmetic, v);
-        values[i] = widen(type.arithmetic, bits);
-        std::memcpy(&raw[i * size_t(stride) * 2], &bits, 2);
-      }
-    }
-    buffer.put(raw.data());
-    features = {buffer.data(), d * stride, stride};
-  }
-  void put(const Type& type, int64_t at, float v) {
-    std::vector<unsigned char> raw(values.size() * size_t(type.bytes));
-    buffer.get(raw.data());
-    const uint16_t bits = type.bytes == 2 ? narrow(type.arithmetic, v) : 0;
-    std::memcpy(&raw[size_t(at * type.bytes)], type.bytes == 2 ? static_cast<const void*>(&bits) : &v,
-                size_t(type.bytes));
-    buffer.put(raw.data());
-  }
-};
-
-struct Outputs {
-  float loss;
-  std::vector<float> dx, dy;
-  std::vector<double> stats;
-  bool operator==(const Outputs& o) const { return loss == o.loss && dx == o.dx && dy == o.dy; }
-};
-
-Outputs run(const Type& type, const Case& c, const LossParams& params, const Input& x, const Input& y,
-            const std::vector<int64_t>& x_ids, const std::vector<int64_t>& y_ids, int multiprocessors, bool hopper,
-            bool in_tensor, bool want_dx = true) {
-  const int64_t k = c.k ? c.k : c.m;
-  Outputs out{0, std::vector<float>(c.m * c.d), std::vector<float>(c.k * c.d), std::vector<double>(8)};
-  Buffer loss(4, 4), stats(64, 8), dx(out.dx.size() * 4, 4), dy(out.dy.size() * 4 + 4, 4), x_id(c.m * 8, 8),
-      y_id(k * 8, 8), numbers(24, 4), dparams(24, 4);
-  x_id.put(x_ids.data()), y_id.put(y_ids.data());
-  const float values[6] = {float(params.scale_p),  float(params.scale_n),  float(params.bias),
-                           float(params.weight_p), float(params.weight_n), float(params.weight_l)};
-  numbers.put(values);
-  PairwiseBCECuda p{};
-  p.arithmetic = type.arithmetic;
-  p.x = x.features;
-  if (c.k) p.y = y.features;
-  p.x_ids = c.ids ? x_id.as<int64_t>() : nullptr;
-  p.y_ids = c.ids && c.k ? y_id.as<int64_t>() : nullptr;
-  p.x_rows = int(c.m);
-  if (in_tensor && c.m > 1) {  // the second run has its rows in two
-    p.x_rows = int(c.m / 2);
-    p.x2 = p.x;
-    p.x2.data = static_cast<const unsigned char*>(p.x.data) + p.x_rows * p.x.row_stride * type.bytes;
-  }
-  p.m = int(c.m), p.k = int(k), p.d = int(c.d);
-  p.shift = int(c.shift), p.offset = int(c.offset);
-  p.exclude_self = c.exclude_self, p.normalize = c.normalize;
-  p.params = in_tensor ? numbers.as<float>() : nullptr;
-  p.constants = params;
-  p.loss = loss.as<float>(), p.stats = stats.as<double>();
-  p.dx = want_dx ? dx.as<float>() : nullptr, p.dy = c.k ? dy.as<float>() : nullptr;
-  p.dparams = dparams.as<float>();
-  p.multiprocessors = multiprocessors;
-  p.hopper = hopper;
-  Buffer workspace(workspace_bytes(p), 256);
-  p.workspace = workspace.data();
-  launch_pairwise_bce(p, nullptr);
-  loss.get(&out.loss), stats.get(out.stats.data()), dx.get(out.dx.data());
-  if (c.k) {
-    std::vector<float> with_end(out.dy.size() + 1);
-    dy.get(with_end.data());
-    std::copy(with_end.begin(), with_end.end() - 1, out.dy.begin());
-  }
-  return out;
-}
-
-bool check(const Type& type, const Case& c, int multiprocessors, bool hopper) {
+bool check(const Type& type, const Case& c, const Options& options) {
   const int64_t k = c.k ? c.k : c.m;
   const int stride = c.d % 2 ? 2 : 1;
   const Input x(type, c.m, c.d, stride, 1), y(type, k, c.d, stride, 2);
@@ -175,10 +27,12 @@ bool check(const Type& type, const Case& c, int multiprocessors, bool hopper) {
   for (int64_t i = 0; i < c.m; ++i) x_ids[i] = (i * 7 % 5) << 40;
   for (int64_t j = 0; j < k; ++j) y_ids[j] = (j * 3 % 5) << 40;
   // Exact in float32. Logits of one column range stay below TwoBoundedTerms::kBound, those of several do not.
-  const LossParams params{4, multiprocessors == 1 ? 1.5 : 3, -0.5, 0.5, 1.0 / 64, c.normalize ? 0.25 : 0.0};
+  const LossParams params{4, options.multiprocessors == 1 ? 1.5 : 3, -0.5, 0.5, 1.0 / 64, c.normalize ? 0.25 : 0.0};
   const Result expected = by_double_loop(c, x.values, y.values, x_ids, y_ids, params);
-  const Outputs out = run(type, c, params, x, y, x_ids, y_ids, multiprocessors, hopper, false);
-  const Outputs again = run(type, c, params, x, y, x_ids, y_ids, multiprocessors, hopper, true);
+  Options variant = options, alone = options;
+  variant.variant = true, alone.want_dx = false;
+  const Outputs out = run(type, c, params, x, y, x_ids, y_ids, options);
+  const Outputs again = run(type, c, params, x, y, x_ids, y_ids, variant);
 
   const double loss_error = std::abs(out.loss / expected.loss - 1);
   // At D = 1 eq. (10) leaves no gradient.
@@ -188,48 +42,96 @@ bool check(const Type& type, const Case& c, int multiprocessors, bool hopper) {
   const bool same = again == out;  // other blocks came first
   bool alone_good = true;          // dy alone: its sweep makes the loss
   if (c.k) {
-    const Outputs alone = run(type, c, params, x, y, x_ids, y_ids, multiprocessors, hopper, false, false);
-    alone_good = std::abs(alone.loss / expected.loss - 1) < type.loss_limit &&
-                 (none || relative_distance(alone.dy, expected.dy) < type.gradient_limit);
+    const Outputs dy = run(type, c, params, x, y, x_ids, y_ids, alone);
+    alone_good = std::abs(dy.loss / expected.loss - 1) < type.loss_limit &&
+                 (none || relative_distance(dy.dy, expected.dy) < type.gradient_limit);
   }
+  std::printf("loss %.1e dx %.1e dy %.1e%s%s", loss_error, dx_error, dy_error,
+              same ? "" : ", other bits in another order", alone_good ? "" : ", dy alone is wrong");
   // Written so that NaN fails.
-  const bool good = loss_error < type.loss_limit && alone_good && dx_error < type.gradient_limit &&
-                    dy_error < type.gradient_limit && same;
-  if (!good || std::getenv("MIO_VERBOSE"))
-    std::printf("%s %s%s m=%ld k=%ld d=%ld ids=%d, %d multiprocessors: loss %.1e dx %.1e dy %.1e%s%s\n",
-                good ? "ok" : "FAILED", type.name, hopper ? " hopper" : "", long(c.m), long(c.k), long(c.d), c.ids,
-                multiprocessors, loss_error, dx_error, dy_error, same ? "" : ", other bits in other order",
-                alone_good ? "" : ", dy alone is wrong");
-  return good;
+  return loss_error < type.loss_limit && alone_good && dx_error < type.gradient_limit &&
+         dy_error < type.gradient_limit && same;
 }
 
-// One feature that is not finite, of a column that is nobody's positive and crossed by no diagonal.
-bool check_not_finite(const Type& type, bool hopper, float value) {
-  const Case c{40, 600, 64, 0, 0, false, true, false};
-  const Input x(type, c.m, c.d, 1, 1);
-  Input y(type, c.k, c.d, 1, 2);
-  y.put(type, 400 * c.d, value);
-  bool good = true;
-  for (double scale : {1.0, 3.0}) {  // below TwoBoundedTerms::kBound, and not
-    const LossParams params{scale, scale, 0, 0.5, 1.0 / 64, 0};
-    const Outputs out =
-        run(type, c, params, x, y, std::vector<int64_t>(c.m), std::vector<int64_t>(c.k), 1, hopper, false);
-    good = good && std::isnan(out.loss) && std::isnan(out.stats[3]) && std::isnan(out.dx[0]);
+struct Pattern {
+  const char* name;
+  uint32_t float32, bfloat16, float16;
+  bool nan;
+  uint32_t bits(const Type& type) const {
+    return type.bytes == 4 ? float32 : type.arithmetic == Arithmetic::kBf16 ? bfloat16 : float16;
   }
-  if (!good) std::printf("FAILED %s%s: %f in a feature is lost\n", type.name, hopper ? " hopper" : "", double(value));
+};
+// NaN of several kinds: what a GPU's arithmetic makes, a CPU's, with a sign, signalling with its last bit alone.
+constexpr Pattern kPatterns[] = {{"NaN of a GPU", 0x7fffffff, 0x7fff, 0x7fff, true},
+                                 {"NaN of a CPU", 0x7fc00000, 0x7fc0, 0x7e00, true},
+                                 {"negative NaN", 0xffffffff, 0xffff, 0xffff, true},
+                                 {"signalling NaN", 0x7f800001, 0x7f81, 0x7c01, true},
+                                 {"negative signalling NaN", 0xff800001, 0xff81, 0xfc01, true},
+                                 {"Inf", 0x7f800000, 0x7f80, 0x7c00, false},
+                                 {"-Inf", 0xff800000, 0xff80, 0xfc00, false}};
+
+// One feature that is not finite: in x, in its second part, or in y, of a column that is nobody's positive and crossed
+// by no diagonal. Without normalize Inf is a number like others, and may meet a logit whose loss is 0.
+bool check_not_finite(const Type& type, const Options& options, bool ids, bool normalize) {
+  const Case c{40, 600, 64, 0, 0, false, normalize, ids};
+  bool good = true;
+  std::vector<int64_t> x_ids(c.m), y_ids(c.k);
+  for (int64_t i = 0; i < c.m; ++i) x_ids[i] = i;
+  for (int64_t j = 0; j < c.k; ++j) y_ids[j] = j;
+  for (const Pattern& pattern : kPatterns)
+    for (const char* where : {"x", "x2", "y"}) {
+      if (!pattern.nan && !normalize) continue;
+      Input x(type, c.m, c.d, 1, 1), y(type, c.k, c.d, 1, 2);
+      const bool in_y = !std::strcmp(where, "y");
+      (in_y ? y : x).put(in_y ? 400 * c.d + 5 : where[1] ? 25 * c.d + 5 : 3 * c.d + 5, pattern.bits(type));
+      for (double scale : {1.0, 3.0}) {  // below TwoBoundedTerms::kBound, and not
+        const LossParams params{scale, scale, 0, 0.5, 1.0 / 64, 0};
+        Options variant = options;
+        variant.variant = where[1];
+        const Outputs out = run(type, c, params, x, y, x_ids, y_ids, variant);
+        const float gradient = in_y ? out.dx[0] : out.dy[0];
+        if (std::isnan(out.loss) && std::isnan(out.stats[3]) && std::isnan(gradient)) continue;
+        std::printf("\n  a %s in %s is lost, with a scale of %.0f: loss %f, mean loss of negatives %f, gradient %f\n",
+                    pattern.name, where, scale, double(out.loss), out.stats[3], double(gradient));
+        good = false;
+      }
+    }
   return good;
 }
 
-bool has_hopper() {
+// A temperature, scale or bias that is not finite, read on the device. A bias of Inf is one: the loss is Inf.
+bool check_numbers_not_finite(const Type& type, const Options& options, bool ids) {
+  const Case c{40, 0, 64, 20, 0, true, true, ids};
+  const Input x(type, c.m, c.d, 1, 1);
+  const std::vector<int64_t> zeros(c.m, 0);
+  bool good = true;
+  for (const double value : {double(NAN), double(INFINITY), -double(INFINITY)})
+    for (int which = 0; which < 3; ++which) {
+      LossParams params{2, 2, 0, 0.5, 1.0 / 64, 0.25};
+      double& number = which == 0 ? params.scale_p : which == 1 ? params.scale_n : params.bias;
+      if (ids && which != 0) continue;  // there are positives only
+      number = value;
+      Options variant = options;
+      variant.variant = true;
+      const float loss = run(type, c, params, x, x, zeros, zeros, variant).loss;
+      if (which == 2 && !std::isnan(value) ? std::isinf(loss) : std::isnan(loss)) continue;
+      std::printf("\n  number %d as %f is lost: loss %f\n", which, value, double(loss));
+      good = false;
+    }
+  return good;
+}
+
+// Why the kernel for compute capability 9.0 cannot run here; empty: it can.
+std::string without_hopper() {
 #if defined(__CUDACC__)
   int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return hopper_is_built() && major == 9 && minor == 0;
-#else
-  return true;
+  check_device(cudaGetDevice(&device));
+  check_device(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check_device(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  if (major != 9 || minor != 0) return "this GPU has " + std::to_string(major) + "." + std::to_string(minor);
+  if (!hopper_is_built()) return "the build is not for 9.0a";
 #endif
+  return "";
 }
 
 // special columns against the definition, for every row; cross() may only err on the safe side.
@@ -280,43 +182,124 @@ bool check_maps() {
   }
   for (int rows : {1, 256, 1000, 65536, 1 << 20})
     for (int cols : {1, 31, 4097, 65536}) {
-      const Plan p = plan_sweep(rows, cols, 128, 128, 32, 264, 528);
+      const Plan p = plan_sweep(rows, cols, 128, 128, 32, 264, 528, false);
       const int tiles = ceil_div(cols, 32);
       good = good && p.row_blocks * 128 >= rows && (p.splits - 1) * p.tiles_per_split < tiles &&
              p.splits * p.tiles_per_split >= tiles && (p.splits == 1 || int64_t(p.splits) * rows * 512 <= kSplitBytes);
     }
+  const Plan small = plan_sweep(256, 256, 128, 128, 32, 132, 132, true);  // 16 blocks
+  good = good && small.row_blocks == 2 && small.splits == 8 && small.tiles_per_split == 1;
   if (!good) std::printf("FAILED maps\n");
   return good;
+}
+
+constexpr Case kCases[] = {
+    // m, k (0: y = x), d, shift, offset, exclude_self, normalize, ids
+    {4, 0, 3, 2, 0, true, true, false},         {1, 1, 1, 0, 0, false, false, false},
+    {3, 7, 5, 0, 2, false, false, false},       {130, 0, 64, 65, 0, true, true, false},
+    {256, 0, 128, 128, 0, true, true, false},   {65, 31, 33, 1, 0, true, true, false},
+    {90, 140, 100, 5, 3, true, true, false},    {150, 70, 128, 0, 0, false, false, false},
+    {70, 90, 200, 0, 1, true, true, true},      {300, 0, 20, 150, 0, true, true, false},
+    {140, 0, 256, 70, 0, true, true, false},    {80, 150, 256, 0, 200, false, true, false},
+    {66, 0, 40, 0, 0, true, true, true},        {50, 0, 1, 25, 0, true, true, false},
+    {100, 150, 70, 20, 9, true, false, false},  {150, 100, 128, 0, 0, false, false, true},
+    {20, 1100, 64, 3, 500, true, true, false},  {10, 600, 130, 0, 30, false, true, false},  // more tiles than stages
+    {20, 1800, 128, 3, 500, true, true, false},
+};
+
+struct Filter {
+  const char* kind = nullptr;
+  int hopper = -1, d = -1;  // -1: all
+
+  bool parse(int argc, char** argv) {
+    for (int i = 1; i + 1 < argc; i += 2) {
+      if (!std::strcmp(argv[i], "--kind"))
+        kind = argv[i + 1];
+      else if (!std::strcmp(argv[i], "--hopper"))
+        hopper = std::atoi(argv[i + 1]);
+      else if (!std::strcmp(argv[i], "--d"))
+        d = std::atoi(argv[i + 1]);
+      else
+        return false;
+    }
+    return argc % 2 == 1;
+  }
+  bool takes(const Type& type, bool with_hopper, int64_t features) const {
+    return (!kind || !std::strcmp(kind, type.name)) && (hopper < 0 || hopper == with_hopper) &&
+           (d < 0 || d == features);
+  }
+};
+
+struct Tally {
+  int cases = 0, hopper = 0, failures = 0;
+
+  void run(const Type& type, bool with_hopper, const std::string& name, const std::function<bool()>& body) {
+    std::printf("%s%s %s: ", type.name, with_hopper ? " hopper" : "", name.c_str());
+    std::fflush(stdout);
+    ++cases, hopper += with_hopper;
+    bool good = false;
+    try {
+      good = body();
+    } catch (const std::exception& error) {
+      std::printf("%s", error.what());
+      if (device_is_lost()) {
+        std::printf("\nFAILED; the device is lost to this process, and the cases that follow with it\n");
+        std::exit(3);
+      }
+    }
+    failures += !good;
+    std::printf(" %s\n", good ? "ok" : "FAILED");
+  }
+};
+
+std::string name_of(const Case& c, int multiprocessors) {
+  char text[128];
+  std::snprintf(text, sizeof text, "m=%ld k=%ld d=%ld ids=%d, %d multiprocessors", long(c.m), long(c.k), long(c.d),
+                c.ids, multiprocessors);
+  return text;
+}
+
+void run_all(const Type& type, bool hopper, const Filter& filter, Tally& tally) {
+  Options options;
+  options.hopper = hopper;
+  for (const Case& c : kCases)
+    for (int multiprocessors : {1, 6}) {  // one column range, and several
+      if (!filter.takes(type, hopper, c.d)) continue;
+      options.multiprocessors = multiprocessors;
+      tally.run(type, hopper, name_of(c, multiprocessors), [&] { return check(type, c, options); });
+    }
+  options.multiprocessors = 1;
+  if (!filter.takes(type, hopper, 64)) return;
+  for (bool ids : {false, true}) {
+    const std::string with = ids ? ", ids" : "";
+    for (bool normalize : {true, false})
+      tally.run(type, hopper, "features that are not finite" + with + (normalize ? ", normalize" : ""),
+                [&] { return check_not_finite(type, options, ids, normalize); });
+    tally.run(type, hopper, "numbers that are not finite" + with,
+              [&] { return check_numbers_not_finite(type, options, ids); });
+  }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool quick = argc > 1 && !std::strcmp(argv[1], "--quick");
-  const Case cases[] = {
-      // m, k (0: y = x), d, shift, offset, exclude_self, normalize, ids
-      {4, 0, 3, 2, 0, true, true, false},        {1, 1, 1, 0, 0, false, false, false},
-      {3, 7, 5, 0, 2, false, false, false},      {130, 0, 64, 65, 0, true, true, false},
-      {256, 0, 128, 128, 0, true, true, false},  {65, 31, 33, 1, 0, true, true, false},
-      {90, 140, 100, 5, 3, true, true, false},   {150, 70, 128, 0, 0, false, false, false},
-      {70, 90, 200, 0, 1, true, true, true},     {300, 0, 20, 150, 0, true, true, false},
-      {140, 0, 256, 70, 0, true, true, false},   {80, 150, 256, 0, 200, false, true, false},
-      {66, 0, 40, 0, 0, true, true, true},       {50, 0, 1, 25, 0, true, true, false},
-      {100, 150, 70, 20, 9, true, false, false}, {150, 100, 128, 0, 0, false, false, true},
-      {20, 1100, 64, 3, 500, true, true, false}, {10, 600, 130, 0, 30, false, true, false},  // more tiles than stages
-  };
-  int failures = !check_maps(), count = 0;
-  for (const Type& type : kTypes)
-    for (const Case& c : cases)
-      for (int multiprocessors : {1, 6}) {  // one column range, and several
-        if (quick && c.d > 64) continue;
-        failures += !check(type, c, multiprocessors, false), ++count;
-        if (type.bytes == 2 && has_hopper()) failures += !check(type, c, multiprocessors, true), ++count;
-      }
-  for (const Type& type : kTypes)
-    for (bool hopper : {false, true})
-      for (float value : {std::nanf(""), INFINITY})
-        if (!hopper || (type.bytes == 2 && has_hopper())) failures += !check_not_finite(type, hopper, value), ++count;
-  std::printf("%d failures in %d cases and the index maps\n", failures, count);
-  return failures != 0;
+  std::setvbuf(stdout, nullptr, _IOLBF, 1 << 12);
+  Filter filter;
+  if (!filter.parse(argc, argv)) {
+    std::fprintf(stderr,
+                 "usage: pairwise_bce_cuda_test [--kind bf16|fp16|tf32|fp16x3] [--hopper 0|1] [--d features]\n");
+    return 2;
+  }
+  const std::string lacking = without_hopper();
+  Tally tally;
+  const bool maps = check_maps();
+  for (const bool hopper : {false, true})
+    for (const Type& type : kTypes)
+      if (!hopper || (type.bytes == 2 && lacking.empty())) run_all(type, hopper, filter, tally);
+  if (lacking.empty())
+    std::printf("the kernel for compute capability 9.0 ran in %d cases\n", tally.hopper);
+  else
+    std::printf("the kernel for compute capability 9.0 DID NOT RUN: %s\n", lacking.c_str());
+  std::printf("%d failures in %d cases, index maps %s\n", tally.failures, tally.cases, maps ? "ok" : "FAILED");
+  return tally.failures != 0 || !maps || tally.cases == 0;
 }

@@ -64,6 +64,21 @@ def emulated_ops():
     return torch.ops.mio_ext_emulated
 
 
+def agreeing(batch, dim, dtype, noise, regularizer, backend="cpu", device="cpu"):
+    """As both(), of views that agree, where training goes: the regularizer's gradient is a small difference, beside
+    little else at a high temperature. It is written out here, for the float32 reference to lose no digits."""
+    z1, z2 = views(batch, dim, dtype, device, noise)
+    results = []
+    for name, to in ((backend, dtype), ("reference", dtype), ("reference", torch.float64)):
+        a, b = (z.detach().to(to).requires_grad_() for z in (z1, z2))
+        loss = mio_loss(a, b, temperature=8.0, regularizer=regularizer if name == backend else 0.0, backend=name)
+        if name != backend:
+            wide = (torch.nn.functional.normalize(z if to == torch.float64 else z.float()) for z in (a, b))
+            loss = loss + regularizer * torch.sub(*wide).square().mean()
+        results.append((loss, torch.cat(torch.autograd.grad(loss * 2.0**12, (a, b)))))
+    return results
+
+
 @pytest.fixture
 def emulated(emulated_ops, monkeypatch, request):
     """backend="cpu" is the emulator's."""
@@ -163,3 +178,66 @@ def test_chunked_takes_norms_far_apart(emulated):
     # Row by row: the small rows have the large gradients.
     error = (grad.double() - exact_grad).norm(dim=1)
     assert (error <= 1e-5 * exact_grad.norm(dim=1)).all()
+
+
+NOT_FINITE = {
+    torch.float32: (0x7FFFFFFF, 0x7FC00000, 0x7F800001, -0x00000001, 0x7F800000, -0x00800000),
+    torch.bfloat16: (0x7FFF, 0x7FC0, 0x7F81, -0x0001, 0x7F80, -0x0080),
+    torch.float16: (0x7FFF, 0x7E00, 0x7C01, -0x0001, 0x7C00, -0x0400),
+}
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("dtype", NOT_FINITE, ids=str)
+def test_not_finite_features_reach_the_loss_of_wide_rows(dtype, labelled, emulated):
+    """NaN of several bit patterns and Inf, chunked; pairwise_bce_cuda_test.cpp has the fused kernels."""
+    labels = torch.arange(40) % 3 if labelled else None
+    integers = torch.int32 if dtype == torch.float32 else torch.int16
+    for bits in NOT_FINITE[dtype]:
+        for which, row in ((0, 3), (1, 39)):
+            zs = views(40, 300, dtype)
+            with torch.no_grad():
+                zs[which][row, 271] = torch.tensor(bits, dtype=integers).view(dtype)
+            loss = mio_loss(*zs, labels=labels, backend="cpu")
+            loss.backward()
+            assert loss.isnan() and zs[which].grad[row].isnan().any() and zs[0].grad[7].isnan().any(), hex(bits)
+
+
+@pytest.mark.parametrize("dim", [64, 300])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("name", ["temperature", "negative_temperature", "bias", "regularizer"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_not_finite_numbers_reach_the_loss(value, name, labelled, dim, emulated):
+    """An infinite temperature is none: NaN; bias and regularizer may be infinite, and so is the loss then."""
+    number = torch.tensor(value, requires_grad=True)
+    labels = torch.arange(20) % 3 if labelled else None
+    loss = mio_loss(*views(20, dim), labels=labels, backend="cpu", **{name: number})
+    assert not loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "emulated, dtype, precision",
+    [
+        ("portable", torch.float32, "highest"),
+        ("portable", torch.float32, "high"),
+        ("portable", torch.bfloat16, "highest"),
+        ("hopper", torch.bfloat16, "highest"),
+    ],
+    indirect=["emulated"],
+    ids=str,
+)
+@pytest.mark.parametrize("dim", [7, 64, 128, 256, 300])
+@pytest.mark.parametrize("noise", [0, 1e-6, 1e-3])
+def test_views_that_agree(noise, dim, dtype, precision, emulated):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for regularizer in (0, 1, 50, 100):
+            (loss, grad), (plain, plain_grad), (exact, exact_grad) = agreeing(60, dim, dtype, noise, regularizer)
+            if precision == "high" and dim <= 256:  # what 11 bits leave of D = 7, with a regularizer or without
+                assert relative_error(loss, exact) < 1e-4
+                assert relative_error(grad, exact_grad) < 3e-3
+            else:
+                assert_no_worse_than(loss, plain, exact, TOLERANCE[dtype][0])
+                assert_no_worse_than(grad, plain_grad, exact_grad, TOLERANCE[dtype][1] if dtype.itemsize == 2 else 1)
+    finally:
+        torch.set_float32_matmul_precision("highest")

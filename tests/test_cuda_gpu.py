@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, views
+from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, views
+from test_cuda import agreeing
 
 from mio_ext import mio_loss, siglip_loss
 from mio_ext.backends import extension, unavailable_reason
@@ -91,14 +92,33 @@ def test_compute_sanitizer(tool):
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
 
 
-def test_more_rows_than_a_chunk():
-    """12288 columns make chunks of 10880 rows: the last one is short, and dy is summed over both."""
+@pytest.mark.parametrize(
+    "dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 2e-3)], ids=str
+)
+def test_more_rows_than_a_chunk(dtype, limit):
+    """12288 columns make chunks of 10880 rows: the last one is short, and dy is summed over both, in float32."""
     generator = torch.Generator("cuda").manual_seed(0)
-    x, y = (torch.nn.functional.normalize(torch.randn(12_288, 320, device="cuda", generator=generator)) for _ in "xy")
+    x, y = (torch.randn(12_288, 320, device="cuda", generator=generator) for _ in "xy")
+    x, y = (torch.nn.functional.normalize(z).to(dtype) for z in (x, y))
     results = []
-    for backend, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
-        a, b = (t.to(dtype).requires_grad_() for t in (x, y))
+    for backend, to in (("cuda", dtype), ("reference", torch.float64)):
+        a, b = (t.to(to).requires_grad_() for t in (x, y))
         loss = siglip_loss(a, b, 10.0, -10.0, backend=backend)
-        results.append((loss, *torch.autograd.grad(loss, (a, b))))
-    for actual, expected in zip(*results, strict=True):
-        assert ((actual.double() - expected).norm() / expected.norm()).item() < 1e-5
+        results.append((loss, *torch.autograd.grad(loss * 2.0**16, (a, b))))  # float16 has no smaller gradients
+    (loss, *grads), (exact, *exact_grads) = results
+    assert relative_error(loss, exact) < 1e-5
+    for actual, expected in zip(grads, exact_grads, strict=True):
+        assert relative_error(actual, expected) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [7, 128, 256, 300])
+@pytest.mark.parametrize("noise", [0, 1e-6, 1e-3])
+def test_views_that_agree(noise, dim, dtype):
+    """As in test_cuda.py, with products that the compiler may join to sums."""
+    for batch, regularizer in ((60, 0), (60, 1), (60, 100), (1000, 50)):
+        (loss, grad), (plain, plain_grad), (exact, exact_grad) = agreeing(
+            batch, dim, dtype, noise, regularizer, "cuda", "cuda"
+        )
+        assert_no_worse_than(loss, plain, exact, TOLERANCE[dtype][0])
+        assert_no_worse_than(grad, plain_grad, exact_grad, TOLERANCE[dtype][1] if dtype.itemsize == 2 else 1)

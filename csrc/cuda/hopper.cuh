@@ -15,7 +15,7 @@ namespace mio_ext {
 struct Matrix {
   uint32_t place;
   MIO_DEVICE explicit Matrix(uint32_t address, uint32_t next_block = 16)
-      : place(next_block / 16 << 16 | address / 16) {}
+      : place(next_block / 16 << 16 | (address / 16 & 0x3fff)) {}
   MIO_DEVICE Matrix operator+(uint32_t bytes) const {
     Matrix moved = *this;
     moved.place += bytes / 16;

@@ -113,9 +113,24 @@ MIO_DEVICE float to_float(Float16 v) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits));
   return r;
 }
+// a b, rounded: the compiler may not make it part of a sum, which would round it otherwise than the same product
+// elsewhere.
+MIO_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 MIO_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 MIO_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
+// threadIdx.x and blockIdx.x, read anew: what the compiler has made of them before, it would keep in registers through
+// a loop that has none to spare.
+MIO_DEVICE int fresh_thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+MIO_DEVICE int fresh_block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
 MIO_DEVICE void sync_warp() { __syncwarp(); }
 // All blocks of a cooperative launch.
 MIO_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
@@ -139,7 +154,7 @@ namespace mio_ext {
 MIO_DEVICE float to_float(Bfloat16 v) { return float_of(uint32_t(v.bits) << 16); }
 MIO_DEVICE float to_float(float v) { return v; }
 
-// v to the 11 significant bits of TF32, ties away from zero.
-MIO_DEVICE float round_to_tf32(float v) { return float_of((bits_of(v) + 0x1000u) & 0xffffe000u); }
+// v to the 11 significant bits of TF32, ties away from zero. The bits of a GPU's own NaN, 0x7fffffff, would become 0.
+MIO_DEVICE float round_to_tf32(float v) { return v == v ? float_of((bits_of(v) + 0x1000u) & 0xffffe000u) : v; }
 
 }  // namespace mio_ext

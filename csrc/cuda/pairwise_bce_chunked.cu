@@ -7,7 +7,7 @@ namespace mio_ext {
 
 template <class A>
 void LaunchChunked<A>::prepare(const Prepare& in, Stream stream) {
-  Launch<A>::prepare(in, stream);
+  launch_prepare<A, kWideRowLanes>(in, stream);
 }
 
 template <class A>
@@ -22,8 +22,6 @@ void LaunchChunked<A>::finish(const FinishRows& in, Stream stream) {
          32 * kChunkWarps, kChunkShared, stream, in);
 }
 
-extern template struct Launch<Bf16>;
-extern template struct Launch<Fp16>;
 template struct LaunchChunked<Bf16>;
 template struct LaunchChunked<Fp16>;
 template struct LaunchChunked<Fp32>;

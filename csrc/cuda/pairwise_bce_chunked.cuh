@@ -157,37 +157,51 @@ struct FinishRows {
   unsigned* ticket;  // zero
 };
 
-// A warp finishes a row.
+// A warp finishes a row, eight features a lane at a time.
 template <class A, bool kIds>
 MIO_DEVICE void finish_row(const FinishRows& in, const Scales& scales, int row, PairSums& out) {
-  using Element = typename A::Element;
-  const int lane = threadIdx.x % 32;
-  const Element* z = static_cast<const Element*>(in.rows.z) + int64_t(row) * in.width;
-  const Element* partner = z;
-  float weight = 0;
+  constexpr int kStep = 8 * kWideRowLanes;
+  const int first = 8 * (threadIdx.x % kWideRowLanes);
+  const int column = kIds ? -1 : in.pairs.positive(row);
+  const float inverse = in.rows.inverse[row], y_inverse = column < 0 ? 0 : in.cols.inverse[column];
+  auto x_at = [&](float (&v)[8], int f) { unit_eight<A>(v, in.rows, false, row, in.width, f, inverse); };
+  auto y_at = [&](float (&v)[8], int f) { unit_eight<A>(v, in.cols, false, column, in.width, f, y_inverse); };
+  float x[8], y[8];
+  PositivePair pair;
   if constexpr (!kIds) {
-    const int column = in.pairs.positive(row);
-    if (column >= 0) {
-      partner = static_cast<const Element*>(in.cols.z) + int64_t(column) * in.width;
-      float product = 0;
-      for (int f = lane; f < in.d; f += 32) product += to_float(z[f]) * to_float(partner[f]);
-      weight = add_positive(out, sum_lanes<32>(product), in.rows, row, in.cols, column, scales);
-    }
     out.negative.count += in.cols.n - (column >= 0) - (in.pairs.own(row) >= 0);
+    if (column >= 0) {
+      for (int f = first; f < in.width; f += kStep) x_at(x, f), y_at(y, f), pair.add(x, y);
+      pair.sum_up<kWideRowLanes>();
+      pair.to(out, scales);
+    }
   }
   if (!in.grad) return;
-  const float inverse = in.rows.inverse[row], back = in.rows.back[row] * in.gradient_times;
+  const float back = in.rows.back[row] * in.gradient_times;
   const float times = (kIds ? LabelledWeights::unit_of(scales) : scales.weight_n) / (A::kLift * inverse);
+  const bool aligned = rows_are_aligned(in.grad, in.d);
   float* grad = in.grad + int64_t(row) * in.d;
-  float dot = 0;
-  for (int f = lane; f < in.d; f += 32) {
-    const float g = grad[f] * times + weight * to_float(partner[f]);
-    dot += g * (to_float(z[f]) * inverse);
-    grad[f] = in.normalize ? g : g * back;
+  auto load_grad = [&](float (&g)[8], int f) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] = 0;
+    aligned ? add_row_eight<true>(g, grad, f, in.d) : add_row_eight<false>(g, grad, f, in.d);
+  };
+  float g[8], dot = 0;
+  for (int f = first; f < in.d; f += kStep) {
+    load_grad(g, f), x_at(x, f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] *= times;
+    if (column >= 0) y_at(y, f), pair.add_gradient(g, x, y, scales);
+    dot += dot_eight(g, x);
+    store_row_eight(grad, f, in.d, aligned, g);
   }
-  if (!in.normalize) return;
-  dot = sum_lanes<32>(dot);
-  for (int f = lane; f < in.d; f += 32) grad[f] = (grad[f] - dot * (to_float(z[f]) * inverse)) * back;  // (10)
+  dot = in.normalize ? sum_lanes<kWideRowLanes>(dot) : 0;
+  for (int f = first; f < in.d; f += kStep) {
+    load_grad(g, f), x_at(x, f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] = (g[i] - dot * x[i]) * back;  // (10)
+    store_row_eight(grad, f, in.d, aligned, g);
+  }
 }
 
 // Grid: [ceil(rows.n / kChunkWarps)].

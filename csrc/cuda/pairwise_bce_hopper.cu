@@ -8,6 +8,7 @@ namespace mio_ext {
 template <class A>
 void LaunchHopper<A>::sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream) {
   if (in.prepares) Launch<A>::prepare(in.prepare, stream);
+  in.prepares = false;
   with_width(width, in.rows.ids, [&](auto w, auto ids) {
     using T = HopperTile<A, w()>;
     launch_planned<T>(sweep_hopper_kernel<A, w(), ids()>, T::kThreads + T::kFetchers, 1, multiprocessors,

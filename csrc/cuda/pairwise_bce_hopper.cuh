@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
   __syncthreads();  // of the two groups: the fetching threads have left. Shared memory changes its use
   double sums[kSums];
   terms.total(sums);
-  finish<A, T, kIds>(in, sums, scales, terms.acc_weight(scales));
+  finish<A, T, kIds, Terms>(in, sums);
 #endif
 }
 

@@ -21,8 +21,10 @@ namespace mio_ext {
 
 struct Sweep {
   Prepare prepare;
-  bool prepares;  // what is to be prepared is in `prepare`, and all blocks run at a time
+  bool prepares;  // what is in `prepare` is to be prepared first; only if `together`
+  bool together;  // all blocks run at a time, and may wait for each other
   Prepared rows, cols;
+  int side;  // of the rows, in `prepare`
   Pairs pairs;
   Results results;
   int d;
@@ -32,7 +34,7 @@ struct Sweep {
   float* grad;           // [n, d] or nullptr
   float* partial;        // [splits, n, d] the gradient's parts; `grad` itself if there is one split
   int tiles_per_split, splits;
-  PairSums* records;  // [splits + 1, row blocks]
+  PairSums* records;  // [splits + 1, row blocks], or [splits slices, row blocks] if `together`
   unsigned* tickets;  // [1 + row blocks], zero
 };
 
@@ -60,100 +62,122 @@ MIO_DEVICE void copy_columns(uint32_t stage, const Prepared& cols, int col0) {
 // ---------------------------------------------------------------- before the sweep
 
 // prepare_kernel's work, by the blocks of a cooperative launch.
-template <class A, int kWarps>
+template <class A, int kThreads>
 MIO_DEVICE void prepare_together(const Prepare& in) {
   const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  const int warps = kWarps * gridDim.x * gridDim.y * gridDim.z;
+  const int rows = kThreads / kRowLanes * gridDim.x * gridDim.y * gridDim.z;  // at a time
   if (block == 0) clear_tickets(in);
   for (int side = 0; side < in.sides; ++side)
-    for (int row = block * kWarps + threadIdx.x / 32; row < in.out[side].n_pad; row += warps)
-      prepare_row<A>(in, side, row);
+    for (int row = (block * kThreads + threadIdx.x) / kRowLanes; row < in.out[side].n_pad; row += rows)
+      prepare_row<A, kRowLanes>(in, side, row);
   sync_grid();
 }
 
 // ---------------------------------------------------------------- after the sweep
 
-// The sums of the rows' gradient parts, their positive pairs, and eq. (10). Eight lanes to a row.
+// The sums of the rows' gradient parts, their positive pairs, and eq. (10). kRowLanes lanes to a row, eight features
+// at a time.
 template <class A, class T, bool kIds>
 struct Finish {
-  using Element = typename A::Element;
-  static constexpr int kLanes = 8, kEach = T::kWidth / kLanes;
+  static constexpr int kGroups = T::kWidth / (8 * kRowLanes), kAtATime = T::kThreads / kRowLanes;
+  using Row = float[kGroups][8];
   const Sweep& in;
   const Scales& scales;
   const float acc_weight;  // of what is in `partial`
-  const int lane = threadIdx.x % kLanes;
+  const int thread = fresh_thread_index(), lane = thread % kRowLanes;
+  const bool aligned = rows_are_aligned(in.grad, in.d) && rows_are_aligned(in.partial, in.d);
 
-  MIO_DEVICE void rows(int row0, double (&sums)[kSums]) const {
+  // Rows row0 to end - 1, which may not all exist. All lanes of a warp take part in its sums, whether they have a row
+  // or not.
+  MIO_DEVICE PairSums rows(int row0, int end) const {
     PairSums out;
-    // All lanes of a warp take part in its sums, whether they have a row or not.
-    for (int r = threadIdx.x / kLanes; r < T::kBlockM; r += T::kThreads / kLanes) this->row(row0 + r, out);
-    if (lane != 0) out = PairSums();
-    to_array(out, sums);
+    for (int first = row0; first < end; first += kAtATime) {
+      const int row = first + thread / kRowLanes;
+      const bool there = row < end && row < in.rows.n;
+      this->row(there ? row : row0, there, out);
+    }
+    return lane == 0 ? out : PairSums();
   }
 
  private:
-  MIO_DEVICE void row(int row, PairSums& out) const {
-    const bool there = row < in.rows.n;
-    float z[kEach], g[kEach];
-    load(z, in.rows, row);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) g[i] = 0;
+  MIO_DEVICE static int feature(int lane, int group) { return 8 * (lane + group * kRowLanes); }
+
+  MIO_DEVICE void row(int row, bool there, PairSums& out) const {
+    Row x, g = {};
+    load(x, in.rows, in.side, row);
     if (in.grad && there) add_parts(g, row);
     if constexpr (!kIds) {
-      positive_pair(g, z, there ? row : -1, out);
+      positive_pair(g, x, row, there, out);
     }
-    if (in.grad) project(g, z, row, there);
+    if (in.grad) project(g, x, row, there);
   }
 
-  MIO_DEVICE void load(float (&z)[kEach], const Prepared& from, int row) const {
-    const auto* at = reinterpret_cast<const Element*>(static_cast<const unsigned char*>(from.z) +
-                                                      row_at(T::kTiled, row, T::kRowBytes));
+  // The unit vector (1): of float32 features from these themselves, of which the copy has lost some bits.
+  MIO_DEVICE void load(Row& x, const Prepared& from, int side, int row) const {
+    const float inverse = from.inverse[row];
+    if constexpr (std::is_same_v<typename A::Feature, float>) {
+      const float back = from.back[row];
+      const float times = back != 0 || inverse == 0 ? back : float(1 / kNormEps);
+      const FeatureRow<float> features(in.prepare, side, row);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) z[i] = get_feature<A>(at, feature_at(T::kTiled, row, lane + i * kLanes), T::kWidth);
-  }
-
-  MIO_DEVICE void add_parts(float (&g)[kEach], int row) const {
-    for (int s = 0; s < in.splits; ++s) {
-      const float* at = in.partial + (int64_t(s) * in.rows.n + row) * in.d + lane;
+      for (int i = 0; i < kGroups; ++i) {
+        features.eight(x[i], feature(lane, i));
 #pragma unroll
-      for (int i = 0; i < kEach; ++i)
-        if (lane + i * kLanes < in.d) g[i] += load_fresh(at + i * kLanes);
+        for (int j = 0; j < 8; ++j) x[i][j] = rounded_product(x[i][j], times);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) unit_eight<A>(x[i], from, T::kTiled, row, T::kWidth, feature(lane, i), inverse);
     }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) g[i] *= acc_weight;
   }
 
-  // At most one a row, and what is left is negative. row < 0: none.
-  MIO_DEVICE void positive_pair(float (&g)[kEach], const float (&z)[kEach], int row, PairSums& out) const {
-    const int column = row < 0 ? -1 : in.pairs.positive(row);
-    const bool there = column >= 0;
-    float partner[kEach], product = 0;
-    load(partner, in.cols, there ? column : 0);
+  MIO_DEVICE void add_parts(Row& g, int row) const {
+    aligned ? add_parts_as<true>(g, row) : add_parts_as<false>(g, row);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) product += z[i] * partner[i];
-    product = sum_lanes<kLanes>(product);
-    if (row < 0) return;
-    out.negative.count += in.cols.n - there - (in.pairs.own(row) >= 0);
+    for (int i = 0; i < kGroups; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) g[i][j] *= acc_weight;
+  }
+  template <bool kAligned>
+  MIO_DEVICE void add_parts_as(Row& g, int row) const {
+    const float* at = in.partial + int64_t(row) * in.d;
+#pragma unroll(kAligned ? 4 : 1)
+    for (int s = 0; s < in.splits; ++s, at += int64_t(in.rows.n) * in.d)
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) add_row_eight<kAligned>(g[i], at, feature(lane, i), in.d);
+  }
+
+  // At most one a row, and what is left is negative.
+  MIO_DEVICE void positive_pair(Row& g, const Row& x, int row, bool there, PairSums& out) const {
+    const int column = in.pairs.positive(row);
+    Row y;
+    load(y, in.cols, in.prepare.sides == 2 ? 1 - in.side : 0, column < 0 ? 0 : column);
+    PositivePair pair;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) pair.add(x[i], y[i]);
+    pair.sum_up<kRowLanes>();
     if (!there) return;
-    const float weight = add_positive(out, product, in.rows, row, in.cols, column, scales);
+    out.negative.count += in.cols.n - (column >= 0) - (in.pairs.own(row) >= 0);
+    if (column < 0) return;
+    pair.to(out, scales);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) g[i] += weight * partner[i];
+    for (int i = 0; i < kGroups; ++i) pair.add_gradient(g[i], x[i], y[i], scales);
   }
 
-  MIO_DEVICE void project(float (&g)[kEach], const float (&z)[kEach], int row, bool there) const {
-    const float inverse = in.rows.inverse[row], back = in.rows.back[row] * in.gradient_times;
+  MIO_DEVICE void project(Row& g, const Row& x, int row, bool there) const {
+    const float back = in.rows.back[row] * in.gradient_times;
+    float dot = 0;
     if (in.normalize) {
-      float dot = 0;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) dot += g[i] * (z[i] * inverse);
-      dot = sum_lanes<kLanes>(dot);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) g[i] -= dot * (z[i] * inverse);
+      for (int i = 0; i < kGroups; ++i) dot += dot_eight(g[i], x[i]);
+      dot = sum_lanes<kRowLanes>(dot);
     }
-    float* at = in.grad + int64_t(row) * in.d + lane;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (there && lane + i * kLanes < in.d) at[i * kLanes] = g[i] * back;
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) g[i][j] = (g[i][j] - dot * x[i][j]) * back;
+      if (there) store_row_eight(in.grad + int64_t(row) * in.d, feature(lane, i), in.d, aligned, g[i]);
+    }
   }
 };
 
@@ -186,26 +210,39 @@ struct Totals {
   unsigned flag;
 };
 
-// Adds this block's sums to the records, finishes its rows if it is their last block, and writes the results if it
-// is the last of all.
-template <class A, class T, bool kIds>
-MIO_DEVICE void finish(const Sweep& in, double (&sums)[kSums], const Scales& scales, float acc_weight) {
+// Adds this block's sums to the records, finishes rows, and writes the results if it is the last block of all. The last
+// block of some rows finishes these; where all blocks run at a time they wait for each other, and each finishes a
+// share.
+template <class A, class T, bool kIds, class Terms>
+MIO_DEVICE void finish(const Sweep& in, double (&sums)[kSums]) {
   auto& shared = *reinterpret_cast<Totals<T>*>(shared_memory());
-  const int row_blocks = gridDim.x;
+  const int row_block = fresh_block_index(), row0 = row_block * T::kBlockM;
+  const int row_blocks = gridDim.x, blocks = in.splits * gridDim.z;
+  const Scales scales(read_params(in.results.constants, in.results.params));  // made anew, for the same reason
+  const Finish<A, T, kIds> finish{in, scales, Terms::acc_weight(scales)};
   auto record = [&](int part) {
     if (!in.loss) return;
     block_total<T::kWarps>(sums, shared.scratch, &shared.total);
-    PairSums* to = in.records + int64_t(part) * row_blocks + blockIdx.x;
+    PairSums* to = in.records + int64_t(part) * row_blocks + row_block;
     if (threadIdx.x < kSums) fields(to)[threadIdx.x] = fields(&shared.total)[threadIdx.x];
   };
-  if (blockIdx.z == 0) record(blockIdx.y);  // all slices have the same
-  const int blocks = in.splits * gridDim.z;
-  if (last_to_arrive(&in.tickets[1 + blockIdx.x], blocks, &shared.flag)) {
-    Finish<A, T, kIds>{in, scales, acc_weight}.rows(blockIdx.x * T::kBlockM, sums);
-    record(in.splits);
+  int records = in.splits + 1;
+  if (in.together) {
+    records = blocks;
+    if (in.grad) sync_grid();
+    const int part = blockIdx.y + in.splits * blockIdx.z, share = ceil_div(T::kBlockM, blocks), first = part * share;
+    const PairSums rest = finish.rows(row0 + first, row0 + (first + share < T::kBlockM ? first + share : T::kBlockM));
+    add_to(sums, rest, blockIdx.z == 0);  // all slices have the same
+    record(part);
+  } else {
+    if (blockIdx.z == 0) record(blockIdx.y);
+    if (last_to_arrive(&in.tickets[1 + row_block], blocks, &shared.flag)) {
+      add_to(sums, finish.rows(row0, row0 + T::kBlockM), false);
+      record(in.splits);
+    }
   }
   if (in.loss && last_to_arrive(in.tickets, row_blocks * blocks, &shared.flag))
-    sum_records<T::kWarps>(in.records, row_blocks * (in.splits + 1), in.results, shared.scratch, &shared.total);
+    sum_records<T::kWarps>(in.records, row_blocks * records, in.results, shared.scratch, &shared.total);
 }
 
 // Grid: [row blocks, splits, slices of the features].
@@ -220,7 +257,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
   const uint32_t smem = shared_address(shared_memory());
   const uint32_t first_stage = smem + T::kColumnsAt, last_stage = first_stage + (T::kStages - 1) * T::kStageBytes;
   const Scales scales(read_params(in.results.constants, in.results.params));
-  if (in.prepares) prepare_together<A, T::kWarps>(in.prepare);
+  if (in.prepares) prepare_together<A, T::kThreads>(in.prepare);
 
   const int tiles = ceil_div(in.cols.n, T::kBlockN), first = blockIdx.y * in.tiles_per_split;
   const int end = first + in.tiles_per_split < tiles ? first + in.tiles_per_split : tiles;
@@ -254,7 +291,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
   __syncthreads();  // shared memory changes its use
   double sums[kSums];
   terms.total(sums);
-  finish<A, T, kIds>(in, sums, scales, terms.acc_weight(scales));
+  finish<A, T, kIds, Terms>(in, sums);
 }
 
 }  // namespace mio_ext

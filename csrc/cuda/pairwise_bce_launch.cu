@@ -131,6 +131,7 @@ void run(const PairwiseBCECuda& in, Stream stream) {
   }
   if (in.dy) {
     sweep.rows = work.y, sweep.cols = work.x;
+    sweep.side = 1;
     sweep.pairs.transposed = true;
     sweep.grad = in.dy;
     sweep.tickets = work.tickets + 1 + ceil_div(in.m, kSmallestBlockM);

@@ -63,18 +63,24 @@ void with_width(int width, bool ids, F&& f) {
 template <class T>
 void launch_planned(void (*kernel)(Sweep), int threads, int slices, int slots, int most_blocks, bool together, Sweep in,
                     float* scratch, Stream stream) {
-  const Plan plan = plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, slots, most_blocks);
-  in.prepares = together;
+  const Plan plan = plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, slots, most_blocks, together);
+  in.together = together;
   in.splits = plan.splits;
   in.tiles_per_split = plan.tiles_per_split;
   in.partial = plan.splits > 1 ? scratch : in.grad;
   launch(kernel, dim3(plan.row_blocks, plan.splits, slices), threads, T::kSharedBytes, stream, in, together);
 }
 
+template <class A, int kLanes>
+void launch_prepare(const Prepare& in, Stream stream) {
+  const int rows = in.sides == 1 || in.out[0].n_pad > in.out[1].n_pad ? in.out[0].n_pad : in.out[1].n_pad;
+  const int threads = 32 * kPrepareWarps;
+  launch(prepare_kernel<A, kLanes>, dim3(rows / (threads / kLanes), in.sides), threads, 0, stream, in);
+}
+
 template <class A>
 void Launch<A>::prepare(const Prepare& in, Stream stream) {
-  const int rows = in.sides == 1 || in.out[0].n_pad > in.out[1].n_pad ? in.out[0].n_pad : in.out[1].n_pad;
-  launch(prepare_kernel<A>, dim3(rows / kPrepareWarps, in.sides), 32 * kPrepareWarps, 0, stream, in);
+  launch_prepare<A, kRowLanes>(in, stream);
 }
 
 template <class A>
@@ -84,9 +90,12 @@ void Launch<A>::sweep(Sweep in, int width, int multiprocessors, float* scratch, 
     const int slices = in.grad ? T::kSlices : 1;
     // One block a multiprocessor is there for certain, whatever else it needs.
     const int together_blocks = multiprocessors / slices;
-    const bool together = in.prepares && in.rows.n <= kTogetherRows && in.cols.n <= kTogetherRows &&
-                          ceil_div(in.rows.n, T::kBlockM) <= together_blocks;
-    if (in.prepares && !together) prepare(in.prepare, stream);
+    const bool together =
+        in.rows.n <= kTogetherRows && in.cols.n <= kTogetherRows && ceil_div(in.rows.n, T::kBlockM) <= together_blocks;
+    if (in.prepares && !together) {
+      prepare(in.prepare, stream);
+      in.prepares = false;
+    }
     const int slots = together ? together_blocks : multiprocessors * T::kBlocksPerMultiprocessor / slices;
     launch_planned<T>(sweep_kernel<A, w(), ids()>, T::kThreads, slices, slots, together ? slots : 2 * slots, together,
                       in, scratch, stream);

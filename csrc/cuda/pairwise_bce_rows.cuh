@@ -8,10 +8,8 @@
 // float32 in halves, whose range is float16's.
 #pragma once
 
-#include <type_traits>
-
 #include "pairwise_bce_cuda.h"
-#include "pairwise_bce_tile.h"
+#include "rows.cuh"
 
 namespace mio_ext {
 
@@ -23,7 +21,7 @@ struct Prepared {
   void* z;             // [n_pad, parts, width] of what the tensor cores take, or tiled
   float* inverse;      // [n_pad] the unit vector is z' inverse, for the copy z'; eq. (1)
   float* back;         // [n_pad] dL/dz = (I - z^ z^T) dL/dz^ back; eq. (10)
-  float* half_norm;    // [n_pad] |z^|^2 / 2, for the distance in eq. (12)
+  float* half_norm;    // [n_pad] |z^|^2 / 2, for the distance in eq. (12), with ids
   const int64_t* ids;  // [n] or nullptr
   int n, n_pad;
   bool tiled;
@@ -60,22 +58,6 @@ struct Scales {
         weight_l(float(v.weight_l)) {}
 };
 
-// Adds a positive pair to the sums, from the product of its copies. What the column's copy weighs in the gradient
-// of the row's unit vector, eq. (7).
-MIO_DEVICE float add_positive(PairSums& out, float product, const Prepared& rows, int row, const Prepared& cols,
-                              int column, const Scales& scales) {
-  const float inverse = cols.inverse[column];
-  product *= inverse * rows.inverse[row];
-  const Term term(-(product * scales.p + scales.bias));
-  out.positive.count += 1;
-  out.positive.softplus += kLn2 * (term.relu + log2_1p(term.e));
-  out.positive.product += product;
-  out.positive.sigmoid += term.sigmoid;
-  out.positive.sigmoid_prod += term.sigmoid * product;
-  out.distance += rows.half_norm[row] + cols.half_norm[column] - product;
-  return -(scales.weight_p * term.sigmoid + scales.weight_l) * inverse;
-}
-
 // A scale that is not positive and finite means nothing: NaN, and the loss with it.
 MIO_DEVICE LossParams read_params(const LossParams& constants, const float* params) {
   LossParams v = constants;
@@ -95,7 +77,49 @@ MIO_DEVICE float sum_lanes(float v) {
   return v;
 }
 
+// The one positive pair of a row without ids, from its unit vectors, eight features at a time, over kLanes lanes: first
+// its sums, then its part of the gradient by x^,
+//     w_l (x^ - y^) - w_p a_p sigma y^,
+// eq. (7). The difference is taken feature by feature: where the views agree it is small, and what -w_l y^ leaves of it
+// after the projection (10) would be rounding.
+struct PositivePair {
+  float product = 0, distance = 0;
+  float weight = 0;  // w_p a_p sigma
+
+  MIO_DEVICE void add(const float (&x)[8], const float (&y)[8]) {
+    float difference[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) difference[i] = x[i] - y[i];
+    product += dot_eight(x, y);
+    distance += dot_eight(difference, difference);
+  }
+
+  template <int kLanes>
+  MIO_DEVICE void sum_up() {
+    product = sum_lanes<kLanes>(product);
+    distance = 0.5f * sum_lanes<kLanes>(distance);
+  }
+
+  MIO_DEVICE void to(PairSums& out, const Scales& scales) {
+    const Term term(-(product * scales.p + scales.bias));
+    out.positive.count += 1;
+    out.positive.softplus += kLn2 * (term.relu + log2_1p(term.e));
+    out.positive.product += product;
+    out.positive.sigmoid += term.sigmoid;
+    out.positive.sigmoid_prod += term.sigmoid * product;
+    out.distance += distance;
+    weight = scales.weight_p * term.sigmoid;
+  }
+
+  MIO_DEVICE void add_gradient(float (&g)[8], const float (&x)[8], const float (&y)[8], const Scales& scales) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] += scales.weight_l * (x[i] - y[i]) - weight * y[i];
+  }
+};
+
 constexpr int kPrepareWarps = 4;
+// Lanes of a warp that share a row: up to kMaxFusedFeatures features, and more.
+constexpr int kRowLanes = 8, kWideRowLanes = 32;
 
 struct Prepare {
   Features features[2];
@@ -109,71 +133,75 @@ struct Prepare {
   int n_tickets;
 };
 
-MIO_DEVICE Bfloat16 times_power(Bfloat16 v, float power) { return {uint16_t(bits_of(to_float(v) * power) >> 16)}; }
-MIO_DEVICE Float16 times_power(Float16 v, float power) {
-  return {uint16_t(pack(Float16{}, to_float(v) * power, 0.0f))};
-}
-MIO_DEVICE float times_power(float v, float power) { return v * power; }
-
-// Feature f of a row of the copy, and back.
-template <class A>
-MIO_DEVICE void put_feature(typename A::Element* row, int f, int width, typename A::Feature v) {
-  if constexpr (A::kParts == 2) {
-    row[f] = Float16{uint16_t(pack(Float16{}, v, 0.0f))};
-    row[width + f] = Float16{uint16_t(pack(Float16{}, v - to_float(row[f]), 0.0f))};
-  } else if constexpr (std::is_same_v<A, Tf32>) {
-    row[f] = round_to_tf32(v);
-  } else {
-    row[f] = v;
+// The power of two that brings the largest of numbers to [1, 2); by the bits of their magnitudes, in which NaN is
+// largest. kLanes lanes bring theirs.
+template <int kLanes>
+MIO_DEVICE float power_to_one(uint32_t largest) {
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    const uint32_t other = shuffle_xor(largest, mask);
+    largest = other > largest ? other : largest;
   }
-}
-template <class A>
-MIO_DEVICE float get_feature(const typename A::Element* row, int f, int width) {
-  float v = to_float(row[f]);
-  if constexpr (A::kParts == 2) {
-    v += to_float(row[width + f]);
-  }
-  return v;
+  const int exponent = 254 - int(largest >> 23);
+  return float_of(uint32_t(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
 }
 
-// A warp copies a row and makes its factors.
-template <class A>
+// A row as it comes, eight features at a time, 0 past its end.
+template <class Feature>
+struct FeatureRow {
+  const Feature* z;
+  int64_t stride;
+  int d;
+  bool aligned;  // 16 bytes may be read at once
+
+  MIO_DEVICE FeatureRow(const Prepare& in, int side, int row) : d(row < in.out[side].n ? in.d : 0) {
+    const bool more = side == 0 && row >= in.first;
+    const Features& from = more ? in.more : in.features[side];
+    z = static_cast<const Feature*>(from.data) + int64_t(more ? row - in.first : row) * from.row_stride;
+    stride = from.col_stride;
+    aligned = stride == 1 && is_aligned(z);
+  }
+  MIO_DEVICE void eight(float (&v)[8], int f) const {
+    if (aligned && f + 8 <= d) return load_eight(v, z + f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = f + i < d ? to_float(z[(f + i) * stride]) : 0;
+  }
+};
+
+// kLanes lanes copy a row and make its factors.
+template <class A, int kLanes>
 MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
-  const int lane = threadIdx.x % 32;
-  const bool more = side == 0 && row >= in.first;
-  const Features& from = more ? in.more : in.features[side];
+  const int lane = threadIdx.x % kLanes;
   const Prepared& out = in.out[side];
-  using Feature = typename A::Feature;
+  const FeatureRow<typename A::Feature> features(in, side, row);
   using Element = typename A::Element;
-  const Feature* z = static_cast<const Feature*>(from.data) + int64_t(more ? row - in.first : row) * from.row_stride;
-  const int d = row < out.n ? in.d : 0;
-  auto load = [&](int f) { return z[f * from.col_stride]; };
 
   float power = 1;
   if (in.normalize || A::kParts == 2) {
     uint32_t largest = 0;
-    for (int f = lane; f < d; f += 32) {
-      const uint32_t magnitude = bits_of(to_float(load(f))) & 0x7fffffffu;
-      largest = magnitude > largest ? magnitude : largest;
-    }
+    for (int f = 8 * lane; f < features.d; f += 8 * kLanes) {
+      float v[8];
+      features.eight(v, f);
 #pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-      const uint32_t other = shuffle_xor(largest, mask);
-      largest = other > largest ? other : largest;
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t magnitude = bits_of(v[i]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+      }
     }
-    const int exponent = 254 - int(largest >> 23);
-    power = float_of(uint32_t(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
+    power = power_to_one<kLanes>(largest);
   }
   float norm2 = 0;
   auto* copy = reinterpret_cast<Element*>(static_cast<unsigned char*>(out.z) +
                                           row_at(out.tiled, row, in.width * A::kParts * int(sizeof(Element))));
-  for (int f = lane; f < in.width; f += 32) {
-    const int at = feature_at(out.tiled, row, f);
-    put_feature<A>(copy, at, in.width, f < d ? times_power(load(f), power) : Feature{});
-    const float v = get_feature<A>(copy, at, in.width);
-    norm2 += v * v;
+  for (int f = 8 * lane; f < in.width; f += 8 * kLanes) {
+    float v[8];
+    features.eight(v, f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= power;
+    put_eight<A>(copy + feature_at(out.tiled, row, f), in.width, v);
+    norm2 += dot_eight(v, v);
   }
-  norm2 = sum_lanes<32>(norm2);
+  norm2 = sum_lanes<kLanes>(norm2);
   if (lane != 0) return;
   const float norm = sqrtf(norm2), least = power * float(kNormEps);
   const float inverse = in.normalize ? 1 / (norm > least || norm != norm ? norm : least) : 1 / power;
@@ -182,16 +210,27 @@ MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
   out.half_norm[row] = 0.5f * (norm * inverse) * (norm * inverse);
 }
 
+// Eight features of a row's unit vector (1), from the copy.
+template <class A>
+MIO_DEVICE void unit_eight(float (&v)[8], const Prepared& from, bool tiled, int row, int width, int f, float inverse) {
+  using Element = typename A::Element;
+  const auto* at = reinterpret_cast<const Element*>(static_cast<const unsigned char*>(from.z) +
+                                                    row_at(tiled, row, width * A::kParts * int(sizeof(Element))));
+  get_eight<A>(v, at + feature_at(tiled, row, f), width);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = rounded_product(v[i], inverse);
+}
+
 MIO_DEVICE void clear_tickets(const Prepare& in) {
   for (int i = threadIdx.x; i < in.n_tickets; i += blockDim.x) in.tickets[i] = 0;
 }
 
 // Grid: [row blocks, sides].
-template <class A>
+template <class A, int kLanes>
 __global__ void __launch_bounds__(32 * kPrepareWarps) prepare_kernel(const Prepare in) {
   if (blockIdx.x == 0 && blockIdx.y == 0) clear_tickets(in);
-  const int row = blockIdx.x * kPrepareWarps + threadIdx.x / 32;
-  if (row < in.out[blockIdx.y].n_pad) prepare_row<A>(in, blockIdx.y, row);
+  const int row = (blockIdx.x * 32 * kPrepareWarps + threadIdx.x) / kLanes;
+  if (row < in.out[blockIdx.y].n_pad) prepare_row<A, kLanes>(in, blockIdx.y, row);  // the same for a whole warp
 }
 
 // ---------------------------------------------------------------- sums over a block, in one order
@@ -199,6 +238,16 @@ __global__ void __launch_bounds__(32 * kPrepareWarps) prepare_kernel(const Prepa
 // The fields of PairSums by number, which may not be known to the compiler.
 constexpr int kSums = sizeof(PairSums) / sizeof(double);
 MIO_DEVICE double* fields(PairSums* sums) { return &sums->positive.count; }
+
+MIO_DEVICE void to_array(PairSums& from, double (&to)[kSums]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) to[i] = fields(&from)[i];
+}
+// sums = more, or += it
+MIO_DEVICE void add_to(double (&sums)[kSums], PairSums more, bool add) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[i] = (add ? sums[i] : 0) + fields(&more)[i];
+}
 
 // Leaves the sums of all threads in *total; scratch: [warps, kSums] that nobody else uses. Both are shared memory.
 template <int kWarps>

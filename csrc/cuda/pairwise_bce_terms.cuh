@@ -25,11 +25,6 @@ struct SoftplusSum {
   MIO_DEVICE double total() const { return double(kLn2) * (double(sum) + double(log2_1p(p))); }
 };
 
-MIO_DEVICE void to_array(PairSums& from, double (&to)[kSums]) {
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) to[i] = fields(&from)[i];
-}
-
 // (1 + a)(1 + b) - 1
 MIO_DEVICE float times_1p(float a, float b) { return a * b + (a + b); }
 

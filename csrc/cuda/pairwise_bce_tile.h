@@ -164,8 +164,9 @@ struct Plan {
 };
 constexpr int64_t kSplitBytes = 16 << 20;  // that partial gradients may take
 
-// slots: blocks that run at a time; most_blocks: there may be, unless one split has more.
-inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int slots, int most_blocks) {
+// slots: blocks that run at a time; most_blocks: there may be, unless one split has more; together: these wait for each
+// other.
+inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int slots, int most_blocks, bool together) {
   const int row_blocks = ceil_div(rows, block_m), tiles = ceil_div(cols, block_n);
   int64_t most = kSplitBytes / (int64_t(rows) * d * 4);
   if (most > most_blocks / row_blocks) most = most_blocks / row_blocks;
@@ -174,8 +175,10 @@ inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int 
   double best_time = 0;
   for (int splits = 1; splits == 1 || splits <= most; ++splits) {
     // In tiles' worth: a wave takes its share of the columns and writes its part of the gradient; the last block of
-    // a row block reads them all.
-    const double time = ceil_div(row_blocks * splits, slots) * (double(tiles) / splits + 4) + splits;
+    // a row block reads them all. Together, each block reads all parts of its share of the rows, at once but for what
+    // that takes of the way to memory.
+    const double time = together ? ceil_div(tiles, splits) + splits / 8.0
+                                 : ceil_div(row_blocks * splits, slots) * (double(tiles) / splits + 4) + splits;
     if (splits == 1 || time < best_time) best = splits, best_time = time;
   }
   const int tiles_per_split = ceil_div(tiles, best);
