@@ -45,7 +45,7 @@ SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_90a": 228}
 
 
 class Shape(NamedTuple):
-    """Of a sweep, as csrc/cuda/pairwise_bce_tile.h has it."""
+    """Of a sweep, as csrc/cuda/tile.h has it."""
 
     threads: int
     shared: int  #: bytes
@@ -163,7 +163,7 @@ def cubins(paths: list[Path]) -> Iterator[Path]:
 
 
 def main() -> None:
-    paths = [Path(p) for p in sys.argv[1:]] or sorted(ROOT.glob("build/temp*/csrc/cuda/pairwise_bce_*.o"))
+    paths = [Path(p) for p in sys.argv[1:]] or sorted(ROOT.glob("build/temp*/csrc/cuda/instantiate/*.o"))
     if not paths:
         print(
             "cuda_resources: no CUDA objects under build/; run: FORCE_CUDA=1 python setup.py build_ext", file=sys.stderr

@@ -5,9 +5,44 @@
 // A thread holds, of every 16 x 8 numbers, rows g and g + 8 (g = lane / 4) and columns 2q, 2q + 1 (q = lane % 4).
 #pragma once
 
-#include "pairwise_bce_rows.cuh"
+#include "prepare.cuh"
+#include "sums.cuh"
 
 namespace mio_ext {
+
+constexpr float kLn2 = 0.693147180559945f;
+constexpr float kLog2e = 1.442695040888963f;
+
+// e = 2^-|t| of a base-2 logit t gives max(t, 0), and with one reciprocal sigma(t). NaN stays NaN.
+struct Term {
+  float e, relu, sigmoid;
+  MIO_DEVICE explicit Term(float t) {
+    const bool below = t < 0;
+    e = exp2_approx(-fabsf(t));
+    relu = below ? 0 : t;
+    const float r = reciprocal(1 + e);
+    sigmoid = below ? e * r : r;
+  }
+};
+
+// log2(1 + v) for v >= 0, to the last bits where v is tiny: the rounding of 1 + v cancels.
+MIO_DEVICE float log2_1p(float v) {
+  const float w = 1 + v;
+  return w == 1 ? v * kLog2e : log2f(w) * (v / (w - 1));
+}
+
+struct Scales {
+  float p, n, bias;                    // of the logits, base 2
+  float weight_p, weight_n, weight_l;  // d loss / d (x.y) is weight_n sigma, or -weight_p sigma - weight_l
+
+  MIO_DEVICE explicit Scales(const LossParams& v)
+      : p(float(v.scale_p) * kLog2e),
+        n(float(v.scale_n) * kLog2e),
+        bias(float(v.bias) * kLog2e),
+        weight_p(float(v.weight_p * v.scale_p)),
+        weight_n(float(v.weight_n * v.scale_n)),
+        weight_l(float(v.weight_l)) {}
+};
 
 // Sum of softplus(t) / ln 2 without a logarithm: max(t, 0) adds up, and of the factors 1 + e of the rest
 // the product less 1 is kept, exact for tiny e; whole powers of two move to the sum before it overflows.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sweep of pairwise_bce_kernel.cuh for compute capability 9.0: the same sums of the same pairs, but the matrix
+// The sweep of sweep.cuh for compute capability 9.0: the same sums of the same pairs, but the matrix
 // products are four warps' at a time and run beside everything else.
 //
 // A block is two groups of four warps, each with 64 rows, and one that fetches column tiles into a ring, which
@@ -11,7 +11,7 @@
 #pragma once
 
 #include "hopper.cuh"
-#include "pairwise_bce_kernel.cuh"
+#include "sweep.cuh"
 
 namespace mio_ext {
 

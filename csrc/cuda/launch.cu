@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a problem to launches: lays out the workspace and chooses the kernels. No torch here.
-#include "pairwise_bce_launch.cuh"
+#include "launch.cuh"
 
 namespace mio_ext {
 

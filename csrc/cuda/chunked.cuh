@@ -8,7 +8,7 @@
 // negative pair, would leave nothing of these in 16 bits.
 #pragma once
 
-#include "pairwise_bce_terms.cuh"
+#include "project.cuh"
 
 namespace mio_ext {
 

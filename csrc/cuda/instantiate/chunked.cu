@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "pairwise_bce_chunked.cuh"
+#include "../chunked.cuh"
 
-#include "pairwise_bce_launch.cuh"
+#include "../launch.cuh"
 
 namespace mio_ext {
 

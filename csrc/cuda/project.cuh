@@ -1,24 +1,56 @@
 // SPDX-License-Identifier: Apache-2.0
-// All pairs of a block of rows: logits, loss, and the rows' gradient, in one sweep over the columns.
-//
-// A block of four warps owns kBlockM rows and walks over tiles of kBlockN columns, which cp.async brings into
-// shared memory some tiles ahead. A warp makes the tile's logits for its 16 or 32 rows on the tensor cores,
-// turns them into sigmoids where they lie in registers, and multiplies those, as the left operand of the second
-// product, with the same tile: only the rows' gradient, in float32 registers, lives through the loop. Labels are
-// a matter of the few tiles that a diagonal crosses. A row's one positive pair has a weight N times that of a
-// negative one, and is done after the loop in float32 (finish_rows). Nothing of size M x K exists anywhere.
-//
-// Float sums are never added atomically: the block that comes last, known by a ticket, adds up what the others
-// wrote, in one order.
+// The end of a sweep: the parts of the rows' gradient come together, their positive pairs are added in float32, and the
+// gradient is projected through the norm, eq. (10).
 #pragma once
 
 #include <type_traits>
 
-#include "pairwise_bce_products.cuh"
-#include "pairwise_bce_terms.cuh"
+#include "prepare.cuh"
+#include "terms.cuh"
 
 namespace mio_ext {
 
+// The one positive pair of a row without ids, from its unit vectors, eight features at a time, over kLanes lanes: first
+// its sums, then its part of the gradient by x^,
+//     w_l (x^ - y^) - w_p a_p sigma y^,
+// eq. (7). The difference is taken feature by feature: where the views agree it is small, and what -w_l y^ leaves of it
+// after the projection (10) would be rounding.
+struct PositivePair {
+  float product = 0, distance = 0;
+  float weight = 0;  // w_p a_p sigma
+
+  MIO_DEVICE void add(const float (&x)[8], const float (&y)[8]) {
+    float difference[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) difference[i] = x[i] - y[i];
+    product += dot_eight(x, y);
+    distance += dot_eight(difference, difference);
+  }
+
+  template <int kLanes>
+  MIO_DEVICE void sum_up() {
+    product = sum_lanes<kLanes>(product);
+    distance = 0.5f * sum_lanes<kLanes>(distance);
+  }
+
+  MIO_DEVICE void to(PairSums& out, const Scales& scales) {
+    const Term term(-(product * scales.p + scales.bias));
+    out.positive.count += 1;
+    out.positive.softplus += kLn2 * (term.relu + log2_1p(term.e));
+    out.positive.product += product;
+    out.positive.sigmoid += term.sigmoid;
+    out.positive.sigmoid_prod += term.sigmoid * product;
+    out.distance += distance;
+    weight = scales.weight_p * term.sigmoid;
+  }
+
+  MIO_DEVICE void add_gradient(float (&g)[8], const float (&x)[8], const float (&y)[8], const Scales& scales) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) g[i] += scales.weight_l * (x[i] - y[i]) - weight * y[i];
+  }
+};
+
+// What a sweep is given.
 struct Sweep {
   Prepare prepare;
   bool prepares;  // what is in `prepare` is to be prepared first; only if `together`
@@ -37,43 +69,6 @@ struct Sweep {
   PairSums* records;  // [splits + 1, row blocks], or [splits slices, row blocks] if `together`
   unsigned* tickets;  // [1 + row blocks], zero
 };
-
-// ---------------------------------------------------------------- shared memory
-
-// Brings `rows` rows of `row_bytes` bytes of z, from row0 on, to shared memory.
-template <class T, int kRows>
-MIO_DEVICE void copy_rows(uint32_t to, const void* z, int row0) {
-  constexpr int kChunks = T::kRowBytes / 16, kAtATime = T::kThreads / kChunks;  // rows, a power of two
-  static_assert(kRows % kAtATime == 0, "every thread takes as many chunks");
-  const unsigned char* from = static_cast<const unsigned char*>(z) + int64_t(row0) * T::kRowBytes + threadIdx.x * 16;
-  const uint32_t place = to + swizzled(threadIdx.x / kChunks, threadIdx.x % kChunks, T::kRowBytes);
-#pragma unroll
-  for (int row = 0; row < kRows; row += kAtATime)  // as swizzled() has it: a thread's rows agree in the bits below
-    cp_async((place ^ (row & 7) << 4) + row * T::kRowBytes, from + row * T::kRowBytes);
-}
-
-template <class T>
-MIO_DEVICE void copy_columns(uint32_t stage, const Prepared& cols, int col0) {
-  copy_rows<T, T::kBlockN>(stage, cols.z, col0);
-  if (threadIdx.x < T::kBlockN / 4)
-    cp_async(stage + T::kFactorsAt + threadIdx.x * 16, cols.inverse + col0 + threadIdx.x * 4);
-}
-
-// ---------------------------------------------------------------- before the sweep
-
-// prepare_kernel's work, by the blocks of a cooperative launch.
-template <class A, int kThreads>
-MIO_DEVICE void prepare_together(const Prepare& in) {
-  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  const int rows = kThreads / kRowLanes * gridDim.x * gridDim.y * gridDim.z;  // at a time
-  if (block == 0) clear_tickets(in);
-  for (int side = 0; side < in.sides; ++side)
-    for (int row = (block * kThreads + threadIdx.x) / kRowLanes; row < in.out[side].n_pad; row += rows)
-      prepare_row<A, kRowLanes>(in, side, row);
-  sync_grid();
-}
-
-// ---------------------------------------------------------------- after the sweep
 
 // The sums of the rows' gradient parts, their positive pairs, and eq. (10). kRowLanes lanes to a row, eight features
 // at a time.
@@ -181,27 +176,6 @@ struct Finish {
   }
 };
 
-// ---------------------------------------------------------------- the kernel
-
-// This block's share of the gradient, as the accumulator's fragments lie.
-template <class T, int F>
-MIO_DEVICE void store_part(const Sweep& in, const float (&acc)[F][T::kSlice / 8][4], int row0, int split) {
-  const int column = blockIdx.z * T::kSlice + threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int f = 0; f < F; ++f)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = row0 + 16 * f + i / 2 * 8;
-      if (row >= in.rows.n) continue;
-      float* at = in.partial + (int64_t(split) * in.rows.n + row) * in.d;
-#pragma unroll
-      for (int n = 0; n < T::kSlice / 8; ++n) {
-        const int feature = 8 * n + column + i % 2;
-        if (feature < in.d) at[feature] = acc[f][n][i];
-      }
-    }
-}
-
 // Shared memory after the sweep.
 template <class T>
 struct Totals {
@@ -243,55 +217,6 @@ MIO_DEVICE void finish(const Sweep& in, double (&sums)[kSums]) {
   }
   if (in.loss && last_to_arrive(in.tickets, row_blocks * blocks, &shared.flag))
     sum_records<T::kWarps>(in.records, row_blocks * records, in.results, shared.scratch, &shared.total);
-}
-
-// Grid: [row blocks, splits, slices of the features].
-template <class A, int kWidth, bool kIds>
-__global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kBlocksPerMultiprocessor)
-    sweep_kernel(const Sweep in) {
-  using T = Tile<A, kWidth>;
-  constexpr int F = T::kRowFragments, N = T::kBlockN / 8;
-  using Terms = std::conditional_t<kIds, LabelledTerms<A, F>, NegativeTerms<A, F>>;
-  const int block_row0 = blockIdx.x * T::kBlockM, warp_row = threadIdx.x / 32 * 16 * F;
-  const int row0 = block_row0 + warp_row + threadIdx.x % 32 / 4;  // this thread's first
-  const uint32_t smem = shared_address(shared_memory());
-  const uint32_t first_stage = smem + T::kColumnsAt, last_stage = first_stage + (T::kStages - 1) * T::kStageBytes;
-  const Scales scales(read_params(in.results.constants, in.results.params));
-  if (in.prepares) prepare_together<A, T::kThreads>(in.prepare);
-
-  const int tiles = ceil_div(in.cols.n, T::kBlockN), first = blockIdx.y * in.tiles_per_split;
-  const int end = first + in.tiles_per_split < tiles ? first + in.tiles_per_split : tiles;
-  copy_rows<T, T::kBlockM>(smem, in.rows.z, block_row0);
-#pragma unroll
-  for (int i = 0; i < T::kStages - 1; ++i) {
-    if (first + i < end) copy_columns<T>(first_stage + i * T::kStageBytes, in.cols, (first + i) * T::kBlockN);
-    cp_async_commit();
-  }
-
-  Terms terms(in.rows, in.cols, row0, scales, in.normalize);
-  float acc[F][T::kSlice / 8][4] = {};
-  const uint32_t slice_at = blockIdx.z * (T::kSlice * T::kPartBytes / T::kWidth);  // a multiple of 128 bytes
-  uint32_t stage = first_stage;
-  for (int tile = first; tile < end; ++tile) {
-    cp_async_wait<T::kStages - 2>();
-    __syncthreads();  // the tile is there for all, and its predecessor's place is free
-    const int ahead = tile + T::kStages - 1, col0 = tile * T::kBlockN;
-    if (ahead < end)
-      copy_columns<T>(stage == first_stage ? last_stage : stage - T::kStageBytes, in.cols, ahead * T::kBlockN);
-    cp_async_commit();
-
-    float s[F][N][4];
-    logits<A, T>(s, smem + warp_row * T::kRowBytes, stage);
-    const bool crossed = col0 + T::kBlockN > in.cols.n || in.pairs.cross(block_row0, T::kBlockM, col0, T::kBlockN);
-    terms.tile(s, stage + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
-    if (in.grad) gradient<A, T>(acc, s, T::kSlices == 1 ? stage : stage + slice_at);
-    stage = stage == last_stage ? first_stage : stage + T::kStageBytes;
-  }
-  if (in.grad) store_part<T>(in, acc, row0, blockIdx.y);
-  __syncthreads();  // shared memory changes its use
-  double sums[kSums];
-  terms.total(sums);
-  finish<A, T, kIds, Terms>(in, sums);
 }
 
 }  // namespace mio_ext

@@ -6,7 +6,7 @@
 // instead of rounding them, and a sum over thousands of columns would drift, so these sums are taken outside.
 #pragma once
 
-#include "pairwise_bce_tile.h"
+#include "tile.h"
 
 namespace mio_ext {
 
