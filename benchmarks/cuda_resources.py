@@ -89,7 +89,7 @@ def kernel_name(mangled: str) -> str:
     sweep = re.search(r"sweep_(hopper_)?kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32)ELi(\d+)ELb([01])", mangled)
     if sweep:
         return f"{'hopper' if sweep[1] else 'sweep'} {sweep[2]} D<={sweep[3]}" + (" ids" if sweep[4] == "1" else "")
-    row = re.search(r"(prepare|terms|finish)_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32|Fp32)E(Lb1|Li32)?", mangled)
+    row = re.search(r"(prepare|terms|project)_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32|Fp32)E(Lb1|Li32)?", mangled)
     return f"{row[1]} {row[2]}" + {"Lb1": " ids", "Li32": " wide", None: ""}[row[3]] if row else mangled
 
 

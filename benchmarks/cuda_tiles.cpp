@@ -23,7 +23,7 @@ void print_portable(const char* arithmetic) {
 
 template <class T>
 void print_hopper(const char* arithmetic) {
-  print<T>("hopper", arithmetic, T::kThreads + T::kFetchers);
+  print<T>("hopper", arithmetic, T::kThreads + T::kProducerThreads);
 }
 
 }  // namespace

@@ -46,8 +46,8 @@ struct LaunchHopper {
 template <class A>
 struct LaunchChunked {
   static void prepare(const Prepare& in, Stream stream);
-  static void terms(const Terms& in, Stream stream);
-  static void finish(const FinishRows& in, Stream stream);
+  static void terms(const ChunkTerms& in, Stream stream);
+  static void project(const ChunkProjection& in, Stream stream);
 };
 
 // Calls f with the width and whether there are ids as types, which the kernels are made for.

@@ -33,20 +33,21 @@ struct PositivePair {
     distance = 0.5f * sum_lanes<kLanes>(distance);
   }
 
-  MIO_DEVICE void to(PairSums& out, const Scales& scales) {
-    const Term term(-(product * scales.p + scales.bias));
+  MIO_DEVICE void to(PairSums& out, const Coefficients& coefficients) {
+    const Term term(-(product * coefficients.p + coefficients.bias));
     out.positive.count += 1;
     out.positive.softplus += kLn2 * (term.relu + log2_1p(term.e));
     out.positive.product += product;
     out.positive.sigmoid += term.sigmoid;
     out.positive.sigmoid_prod += term.sigmoid * product;
     out.distance += distance;
-    weight = scales.weight_p * term.sigmoid;
+    weight = coefficients.weight_p * term.sigmoid;
   }
 
-  MIO_DEVICE void add_gradient(float (&g)[8], const float (&x)[8], const float (&y)[8], const Scales& scales) const {
+  MIO_DEVICE void add_gradient(float (&g)[8], const float (&x)[8], const float (&y)[8],
+                               const Coefficients& coefficients) const {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) g[i] += scales.weight_l * (x[i] - y[i]) - weight * y[i];
+    for (int i = 0; i < 8; ++i) g[i] += coefficients.weight_l * (x[i] - y[i]) - weight * y[i];
   }
 };
 
@@ -73,11 +74,11 @@ struct Sweep {
 // The sums of the rows' gradient parts, their positive pairs, and eq. (10). kRowLanes lanes to a row, eight features
 // at a time.
 template <class A, class T, bool kIds>
-struct Finish {
+struct RowProjection {
   static constexpr int kGroups = T::kWidth / (8 * kRowLanes), kAtATime = T::kThreads / kRowLanes;
   using Row = float[kGroups][8];
   const Sweep& in;
-  const Scales& scales;
+  const Coefficients& coefficients;
   const float acc_weight;  // of what is in `partial`
   const int thread = fresh_thread_index(), lane = thread % kRowLanes;
   const bool aligned = rows_are_aligned(in.grad, in.d) && rows_are_aligned(in.partial, in.d);
@@ -154,9 +155,9 @@ struct Finish {
     if (!there) return;
     out.negative.count += in.cols.n - (column >= 0) - (in.pairs.own(row) >= 0);
     if (column < 0) return;
-    pair.to(out, scales);
+    pair.to(out, coefficients);
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) pair.add_gradient(g[i], x[i], y[i], scales);
+    for (int i = 0; i < kGroups; ++i) pair.add_gradient(g[i], x[i], y[i], coefficients);
   }
 
   MIO_DEVICE void project(Row& g, const Row& x, int row, bool there) const {
@@ -187,13 +188,14 @@ struct Totals {
 // Adds this block's sums to the records, finishes rows, and writes the results if it is the last block of all. The last
 // block of some rows finishes these; where all blocks run at a time they wait for each other, and each finishes a
 // share.
-template <class A, class T, bool kIds, class Terms>
-MIO_DEVICE void finish(const Sweep& in, double (&sums)[kSums]) {
+template <class A, class T, bool kIds>
+MIO_DEVICE void end_sweep(const Sweep& in, double (&sums)[kSums]) {
   auto& shared = *reinterpret_cast<Totals<T>*>(shared_memory());
   const int row_block = fresh_block_index(), row0 = row_block * T::kBlockM;
   const int row_blocks = gridDim.x, blocks = in.splits * gridDim.z;
-  const Scales scales(read_params(in.results.constants, in.results.params));  // made anew, for the same reason
-  const Finish<A, T, kIds> finish{in, scales, Terms::acc_weight(scales)};
+  const Coefficients coefficients(
+      read_params(in.results.constants, in.results.params));  // made anew, for the same reason
+  const RowProjection<A, T, kIds> projection{in, coefficients, TileTerms<A, 1, kIds>::acc_weight(coefficients)};
   auto record = [&](int part) {
     if (!in.loss) return;
     block_total<T::kWarps>(sums, shared.scratch, &shared.total);
@@ -205,13 +207,14 @@ MIO_DEVICE void finish(const Sweep& in, double (&sums)[kSums]) {
     records = blocks;
     if (in.grad) sync_grid();
     const int part = blockIdx.y + in.splits * blockIdx.z, share = ceil_div(T::kBlockM, blocks), first = part * share;
-    const PairSums rest = finish.rows(row0 + first, row0 + (first + share < T::kBlockM ? first + share : T::kBlockM));
+    const PairSums rest =
+        projection.rows(row0 + first, row0 + (first + share < T::kBlockM ? first + share : T::kBlockM));
     add_to(sums, rest, blockIdx.z == 0);  // all slices have the same
     record(part);
   } else {
     if (blockIdx.z == 0) record(blockIdx.y);
     if (last_to_arrive(&in.tickets[1 + row_block], blocks, &shared.flag)) {
-      add_to(sums, finish.rows(row0, row0 + T::kBlockM), false);
+      add_to(sums, projection.rows(row0, row0 + T::kBlockM), false);
       record(in.splits);
     }
   }

@@ -64,12 +64,11 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
     sweep_kernel(const Sweep in) {
   using T = Tile<A, kWidth>;
   constexpr int F = T::kRowFragments, N = T::kBlockN / 8;
-  using Terms = std::conditional_t<kIds, LabelledTerms<A, F>, NegativeTerms<A, F>>;
   const int block_row0 = blockIdx.x * T::kBlockM, warp_row = threadIdx.x / 32 * 16 * F;
   const int row0 = block_row0 + warp_row + threadIdx.x % 32 / 4;  // this thread's first
   const uint32_t smem = shared_address(shared_memory());
   const uint32_t first_stage = smem + T::kColumnsAt, last_stage = first_stage + (T::kStages - 1) * T::kStageBytes;
-  const Scales scales(read_params(in.results.constants, in.results.params));
+  const Coefficients coefficients(read_params(in.results.constants, in.results.params));
   if (in.prepares) prepare_together<A, T::kThreads>(in.prepare);
 
   const int tiles = ceil_div(in.cols.n, T::kBlockN), first = blockIdx.y * in.tiles_per_split;
@@ -81,7 +80,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
     cp_async_commit();
   }
 
-  Terms terms(in.rows, in.cols, row0, scales, in.normalize);
+  TileTerms<A, F, kIds> terms(in.rows, in.cols, row0, coefficients, in.normalize);
   float acc[F][T::kSlice / 8][4] = {};
   const uint32_t slice_at = blockIdx.z * (T::kSlice * T::kPartBytes / T::kWidth);  // a multiple of 128 bytes
   uint32_t stage = first_stage;
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
   __syncthreads();  // shared memory changes its use
   double sums[kSums];
   terms.total(sums);
-  finish<A, T, kIds, Terms>(in, sums);
+  end_sweep<A, T, kIds>(in, sums);
 }
 
 }  // namespace mio_ext
