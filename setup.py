@@ -68,7 +68,7 @@ if with_cuda():
     hopper = ["-DMIO_HOPPER"] if "9.0a" in architectures else []
     extension = CUDAExtension(
         "mio_ext._C",
-        sources("*.cpp", "cpu/*.cpp", "cuda/*.cpp", "cuda/*.cu"),
+        sources("*.cpp", "cpu/*.cpp", "cuda/*.cpp", "cuda/**/*.cu"),
         depends=HEADERS,
         extra_compile_args={"cxx": [*cxx, f'-DMIO_WITH_CUDA="{architectures}"'], "nvcc": ["-O3", *hopper]},
     )

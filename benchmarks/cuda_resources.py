@@ -46,7 +46,7 @@ SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_90a": 228}
 
 
 class Shape(NamedTuple):
-    """Of a sweep, as csrc/cuda/pairwise_bce_tile.h has it."""
+    """Of a sweep, as csrc/cuda/tile.h has it."""
 
     threads: int
     shared: int  #: bytes
@@ -83,7 +83,7 @@ def kernel_name(mangled: str) -> str:
     sweep = re.search(r"sweep_(hopper_)?kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32)ELi(\d+)ELb([01])", mangled)
     if sweep:
         return f"{'hopper' if sweep[1] else 'sweep'} {sweep[2]} D<={sweep[3]}" + (" ids" if sweep[4] == "1" else "")
-    row = re.search(r"(prepare|terms|finish)_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32|Fp32)E(Lb1|Li32)?", mangled)
+    row = re.search(r"(prepare|terms|project)_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32|Fp32)E(Lb1|Li32)?", mangled)
     return f"{row[1]} {row[2]}" + {"Lb1": " ids", "Li32": " wide", None: ""}[row[3]] if row else mangled
 
 
@@ -159,7 +159,7 @@ def cubins(paths: list[Path]) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=Path, help="objects, or .cubin files (default what setup.py built)")
-    paths = parser.parse_args().paths or sorted(ROOT.glob("build/temp*/csrc/cuda/pairwise_bce_*.o"))
+    paths = parser.parse_args().paths or sorted(ROOT.glob("build/temp*/csrc/cuda/instantiate/*.o"))
     if not paths:
         print(
             "cuda_resources: no CUDA objects under build/; run: FORCE_CUDA=1 python setup.py build_ext", file=sys.stderr

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shapes of csrc/cuda/pairwise_bce_tile.h as a table, for cuda_resources.py.
+// The shapes of csrc/cuda/tile.h as a table, for cuda_resources.py.
 #include <cstdio>
 
-#include "cuda/pairwise_bce_tile.h"
+#include "cuda/tile.h"
 
 namespace {
 
@@ -23,7 +23,7 @@ void print_portable(const char* arithmetic) {
 
 template <class T>
 void print_hopper(const char* arithmetic) {
-  print<T>("hopper", arithmetic, T::kThreads + T::kFetchers);
+  print<T>("hopper", arithmetic, T::kThreads + T::kProducerThreads);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cuda/pairwise_bce_cuda.h"
-#include "cuda/pairwise_bce_tile.h"
+#include "cuda/tile.h"
 #include "double_loop.h"
 
 namespace mio_ext {

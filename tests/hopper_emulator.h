@@ -96,13 +96,13 @@ void wgmma_op(void** lanes) {
   });
 }
 template <class T, size_t N>
-void wgmma(T, float (&c)[N][4], Matrix a, Matrix b, bool add) {
-  WarpProduct product{c, nullptr, a.descriptor(), b.descriptor(), add};
+void wgmma(T, float (&c)[N][4], Descriptor a, Descriptor b, bool add) {
+  WarpProduct product{c, nullptr, a.bits(), b.bits(), add};
   emulator::collective(&product, wgmma_op<T, int(N) * 8>);
 }
 template <class T, size_t N>
-void wgmma(T, float (&c)[N][4], const uint32_t (&a)[4], Matrix b) {
-  WarpProduct product{c, a, 0, b.descriptor(), true};
+void wgmma(T, float (&c)[N][4], const uint32_t (&a)[4], Descriptor b) {
+  WarpProduct product{c, a, 0, b.bits(), true};
   emulator::collective(&product, wgmma_op<T, int(N) * 8>);
 }
 

@@ -46,9 +46,9 @@ def emulated_ops():
     folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
     sources = [ROOT / "tests" / "cuda_emulated_op.cpp"]
-    for kernel in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for kernel in sorted((ROOT / "csrc" / "cuda").rglob("*.cu")):
         source = folder / f"{kernel.stem}.cpp"
-        text = f'#include "cuda/{kernel.name}"\n'
+        text = f'#include "{kernel.relative_to(ROOT / "csrc")}"\n'
         if not source.exists() or source.read_text() != text:
             source.write_text(text)
         sources.append(source)

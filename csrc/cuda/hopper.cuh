@@ -12,16 +12,16 @@ namespace mio_ext {
 // A matrix of 16-bit numbers in shared memory, as wgmma() takes it, from `address` on: rows of 128 bytes one after the
 // other, in which the 16-byte chunk c of row r lies at c ^ (r % 8); row 0 begins at a multiple of 1024. next_block: how
 // many bytes on the next 64 columns begin, where rows are what a product sums over.
-struct Matrix {
+struct Descriptor {
   uint32_t place;
-  MIO_DEVICE explicit Matrix(uint32_t address, uint32_t next_block = 16)
+  MIO_DEVICE explicit Descriptor(uint32_t address, uint32_t next_block = 16)
       : place(next_block / 16 << 16 | (address / 16 & 0x3fff)) {}
-  MIO_DEVICE Matrix operator+(uint32_t bytes) const {
-    Matrix moved = *this;
+  MIO_DEVICE Descriptor operator+(uint32_t bytes) const {
+    Descriptor moved = *this;
     moved.place += bytes / 16;
     return moved;
   }
-  MIO_DEVICE uint64_t descriptor() const {
+  MIO_DEVICE uint64_t bits() const {
     constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 / 16) << 32;
     return kSwizzle128 | kEightRows | place;
   }
@@ -61,23 +61,23 @@ MIO_DEVICE void hold(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
 // c [64, N] = a [64, 16] b^T, or c += it: both in shared memory. c lies as four warps' accumulators of mma() do, one
 // below the other.
 #define MIO_WGMMA_SHARED(Type, type, n, names, a_name, b_name, add_name, ...)                                        \
-  MIO_DEVICE void wgmma(Type, float (&c)[n / 8][4], Matrix a, Matrix b, bool add) {                                  \
+  MIO_DEVICE void wgmma(Type, float (&c)[n / 8][4], Descriptor a, Descriptor b, bool add) {                          \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " add_name                                                           \
                  ", 0;\n"                                                                                            \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, " a_name ", " b_name \
                  ", p, 1, 1, 0, 0;}"                                                                                 \
                  : __VA_ARGS__                                                                                       \
-                 : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(add)));                                         \
+                 : "l"(a.bits()), "l"(b.bits()), "r"(int(add)));                                                     \
   }
 // c [64, N] += a [64, 16] b: a lies as mma()'s does, b [16, N] in shared memory.
 #define MIO_WGMMA_REGISTERS(Type, type, n, names, a_names, b_name, ...)                                        \
-  MIO_DEVICE void wgmma(Type, float (&c)[n / 8][4], const uint32_t (&a)[4], Matrix b) {                        \
+  MIO_DEVICE void wgmma(Type, float (&c)[n / 8][4], const uint32_t (&a)[4], Descriptor b) {                    \
     asm volatile(                                                                                              \
         "{.reg .pred p; setp.eq.b32 p, 0, 0;\n"                                                                \
         "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, {" a_names "}, " b_name \
         ", p, 1, 1, 1;}"                                                                                       \
         : __VA_ARGS__                                                                                          \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()));                                    \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()));                                          \
   }
 #define MIO_WGMMA(Type, type)                                                             \
   MIO_WGMMA_SHARED(Type, type, 64, MIO_N32, "%32", "%33", "%34", MIO_C32(0))              \

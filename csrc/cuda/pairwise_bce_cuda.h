@@ -75,7 +75,7 @@ size_t workspace_bytes(const PairwiseBCECuda& problem);
 void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream);
 
 // The chunked path, for all else. A call is prepare; for every chunk of rows, products of the copies x and y by a
-// library, terms, and the gradients of the copies, made of the coefficients by a library; finish.
+// library, terms, and the gradients of the copies, made of G by a library; project.
 struct ChunkedCopies {
   size_t x, y;  // where they begin in the workspace: [m_pad, width] and [k_pad, width] of the features' type
   int m_pad, k_pad, width;
@@ -83,8 +83,8 @@ struct ChunkedCopies {
 constexpr int kChunkMultiple = 128;  // of rows
 ChunkedCopies chunked_copies(const PairwiseBCECuda& problem);
 void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream);
-// products [n, k_pad] of rows row0 to row0 + n - 1 become coefficients in the features' type: row i begins where it
-// did. dx [M, D] is then coefficients times y, and dy [K, D] their transpose times x, summed over chunks.
+// products [n, k_pad] of rows row0 to row0 + n - 1 become G in the features' type: row i begins where it did. dx
+// [M, D] is then G times y, and dy [K, D] its transpose times x, summed over chunks.
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream);
 void launch_chunked_finish(const PairwiseBCECuda& problem, Stream stream);
 

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "pairwise_bce_tile.h"
+#include "tile.h"
 
 namespace mio_ext {
 
@@ -15,6 +15,14 @@ MIO_DEVICE float dot_eight(const float (&a)[8], const float (&b)[8]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] = a[i] * b[i] + a[i + 4] * b[i + 4];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// Sum over groups of kLanes neighbouring lanes.
+template <int kLanes>
+MIO_DEVICE float sum_lanes(float v) {
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
+  return v;
 }
 
 // ---------------------------------------------------------------- features, aligned

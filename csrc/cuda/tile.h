@@ -12,8 +12,11 @@ namespace mio_ext {
 
 MIO_HOST_DEVICE constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
-// What multiplies: the features as they come, and what the tensor cores take for one, kParts Elements. kLift
-// raises the coefficients of the second product, at most 1 in magnitude, from float16's floor.
+// The letters of templates, everywhere: A is an arithmetic, one of the following; T a Tile, its shape for A; F the row
+// fragments, of 16 rows, that a warp has of a tile; N the column fragments, of 8 columns.
+//
+// An arithmetic: the features as they come, and what the tensor cores take for one, kParts Elements. kLift raises G,
+// the left operand of the second product, at most 1 in magnitude, from float16's floor.
 struct Bf16 {
   using Feature = Bfloat16;
   using Element = Bfloat16;
@@ -34,8 +37,8 @@ struct Tf32 {
 };
 // For a library, which does as it is told.
 struct Fp32 : Tf32 {};
-// float32 as the sum of two float16 numbers, the larger first: three products. Rows and coefficients are scaled
-// by powers of two, which brings them into float16's range.
+// float32 as the sum of two float16 numbers, the larger first: three products. Rows and G are scaled by powers
+// of two, which brings them into float16's range.
 struct Fp16x3 {
   using Feature = float;
   using Element = Float16;
@@ -47,16 +50,16 @@ struct Fp16x3 {
 // What fills registers is the rows' gradient: kRowFragments kWidth / 2 numbers a thread. Two row fragments a warp
 // halve the traffic from shared memory, which at one would bound the rate; at 256 features there is room for one.
 // All of them fit into 99 KiB, the least that a GPU of capability 8.0 or later lets a block have.
-template <class Arithmetic, int kWidth_>
+template <class A, int kWidth_>
 struct Tile {
   static constexpr bool kTiled = false;   // the rows are: see row_at()
   static constexpr int kWidth = kWidth_;  // features, padded
   // A block makes the gradient of this many features. Halves of 256 would not fit in registers: there the sweep is
   // done twice.
-  static constexpr int kSlice = Arithmetic::kParts == 2 && kWidth == 256 ? 128 : kWidth;
+  static constexpr int kSlice = A::kParts == 2 && kWidth == 256 ? 128 : kWidth;
   static constexpr int kSlices = kWidth / kSlice;
-  static constexpr int kParts = Arithmetic::kParts;
-  static constexpr int kPartBytes = kWidth * int(sizeof(typename Arithmetic::Element));
+  static constexpr int kParts = A::kParts;
+  static constexpr int kPartBytes = kWidth * int(sizeof(typename A::Element));
   static constexpr int kRowBytes = kParts * kPartBytes;  // the larger parts of all features, then the smaller
   static constexpr int kBytes = kRowBytes / kWidth;
   static constexpr int kWarps = 4;
@@ -91,22 +94,22 @@ MIO_HOST_DEVICE int feature_at(bool tiled, int row, int f) {
   return f / kBlockFeatures * (kRowMultiple * kBlockFeatures) + (f / 8 % 8 ^ row % 8) * 8 + f % 8;
 }
 
-// For compute capability 9.0, features of 16 bits: two groups of four warps, with 64 rows each, and four warps that
-// fetch. Tiles fill what registers the gradient leaves, and what shared memory a multiprocessor has.
-template <class Arithmetic, int kWidth_>
+// For compute capability 9.0, features of 16 bits: two consumers of four warps, with 64 rows each, and a
+// producer of four. Tiles fill what registers the gradient leaves, and what shared memory a multiprocessor has.
+template <class A, int kWidth_>
 struct HopperTile {
   static constexpr bool kTiled = true;
   static constexpr int kWidth = kWidth_, kSlice = kWidth;
   static constexpr int kRowBytes = 2 * kWidth;
-  static constexpr int kGroups = 2;
-  static constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;  // without the fetching ones, which come last
-  static constexpr int kFetchers = 128;
-  static constexpr int kGroupRows = 64;
-  static constexpr int kBlockM = kGroupRows * kGroups;
+  static constexpr int kConsumers = 2;
+  static constexpr int kWarps = 4 * kConsumers, kThreads = 32 * kWarps;  // without the producer's, which come last
+  static constexpr int kProducerThreads = 128;
+  static constexpr int kConsumerRows = 64;
+  static constexpr int kBlockM = kConsumerRows * kConsumers;
   static constexpr int kBlockN = kWidth == 256 ? 64 : 128;
   static constexpr int kStages = 4;
-  // Registers a thread: 65,536 in all, less than a third of them until the groups divide them up.
-  static constexpr int kFetcherRegisters = 24, kGroupRegisters = 240;
+  // Registers a thread: 65,536 in all, less than a third of them until producer and consumers divide them up.
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
   static constexpr int kBlocks = kWidth / kBlockFeatures;
   static constexpr int kFactorsAt = kBlockN * kRowBytes;

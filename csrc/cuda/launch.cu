@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a problem to launches: lays out the workspace and chooses the kernels. No torch here.
-#include "pairwise_bce_launch.cuh"
+#include "launch.cuh"
 
 namespace mio_ext {
 
@@ -189,7 +189,7 @@ void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream) {
 
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream) {
   const Workspace work(problem);
-  Terms terms{};
+  ChunkTerms terms{};
   terms.rows = work.x, terms.cols = work.y;
   terms.pairs = pairs_of(problem);
   terms.constants = problem.constants, terms.params = problem.params;
@@ -202,24 +202,24 @@ void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int r
 
 void launch_chunked_finish(const PairwiseBCECuda& problem, Stream stream) {
   const Workspace work(problem);
-  FinishRows finish{};
-  finish.rows = work.x, finish.cols = work.y;
-  finish.pairs = pairs_of(problem);
-  finish.results = {problem.constants, problem.params, problem.loss, problem.stats, problem.dparams};
-  finish.d = problem.d, finish.width = padded_width(problem);
-  finish.normalize = problem.normalize;
-  finish.loss = true;
-  finish.gradient_times = problem.y.data ? 1 : 2;
-  finish.grad = problem.dx;
-  finish.records = work.records, finish.n_records = work.n_records;
-  finish.ticket = work.tickets;
-  with_chunked(problem.arithmetic, [&](auto launch) { launch.finish(finish, stream); });
+  ChunkProjection project{};
+  project.rows = work.x, project.cols = work.y;
+  project.pairs = pairs_of(problem);
+  project.results = {problem.constants, problem.params, problem.loss, problem.stats, problem.dparams};
+  project.d = problem.d, project.width = padded_width(problem);
+  project.normalize = problem.normalize;
+  project.loss = true;
+  project.gradient_times = problem.y.data ? 1 : 2;
+  project.grad = problem.dx;
+  project.records = work.records, project.n_records = work.n_records;
+  project.ticket = work.tickets;
+  with_chunked(problem.arithmetic, [&](auto launch) { launch.project(project, stream); });
   if (!problem.dy) return;
-  finish.rows = work.y, finish.cols = work.x;
-  finish.pairs.transposed = true;
-  finish.loss = false;
-  finish.grad = problem.dy;
-  with_chunked(problem.arithmetic, [&](auto launch) { launch.finish(finish, stream); });
+  project.rows = work.y, project.cols = work.x;
+  project.pairs.transposed = true;
+  project.loss = false;
+  project.grad = problem.dy;
+  with_chunked(problem.arithmetic, [&](auto launch) { launch.project(project, stream); });
 }
 
 }  // namespace mio_ext

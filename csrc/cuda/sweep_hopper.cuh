@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sweep of pairwise_bce_kernel.cuh for compute capability 9.0: the same sums of the same pairs, but the matrix
-// products are four warps' at a time and run beside everything else.
+// The sweep of sweep.cuh for compute capability 9.0: the same sums of the same pairs, but the matrix products are four
+// warps' at a time and run beside everything else.
 //
-// A block is two groups of four warps, each with 64 rows, and one that fetches column tiles into a ring, which
-// mbarriers guard. A group makes a tile's logits from shared memory, turns them into coefficients in registers, and
-// multiplies those with the same tile. That last product is started behind the next tile's logits and runs while the
-// group is at their sigmoids; the two groups take turns at starting, so the other's products run then too.
+// A block is a producer, which copies column tiles into stages that mbarriers guard, and two consumers of four warps,
+// each with 64 rows. A consumer makes a tile's logits from shared memory, turns them into G in registers, and
+// multiplies that with the same tile. This last product is started behind the next tile's logits and runs while the
+// consumer is at their sigmoids. The two consumers play ping-pong, starting their products in turn, so the other's run
+// then too.
 //
 // prepare_row() lays rows out as the products read them, so a tile is one stretch of memory for each 64 features.
 #pragma once
 
 #include "hopper.cuh"
-#include "pairwise_bce_kernel.cuh"
+#include "sweep.cuh"
 
 namespace mio_ext {
 
-// A place in the ring of column tiles, in shared memory at `smem`.
+// A stage of column tiles, in shared memory at `smem`, and its barriers.
 template <class T>
-struct Ring {
+struct PipelineState {
   uint32_t smem;
   int stage = 0;
   uint32_t parity = 0;  // of the phase that this round ends
@@ -31,27 +32,27 @@ struct Ring {
   }
 };
 
-// One thread fetches the block's rows and the tiles of columns first to end - 1.
+// One thread copies the block's rows and the tiles of columns first to end - 1.
 template <class T>
-MIO_DEVICE void fetch(const Sweep& in, uint32_t smem, int first, int end) {
+MIO_DEVICE void produce(const Sweep& in, uint32_t smem, int first, int end) {
   const auto* rows = static_cast<const unsigned char*>(in.rows.z) + int64_t(blockIdx.x) * (T::kBlockM * T::kRowBytes);
-  Ring<T> ring{smem};
-  mbarrier_arrive_expecting(ring.rows_there(), T::kBlockM * T::kRowBytes);
-  bulk_copy(smem, rows, T::kBlockM * T::kRowBytes, ring.rows_there());
-  for (int col0 = first; col0 < end; col0 += T::kBlockN, ring.next()) {
+  PipelineState<T> state{smem};
+  mbarrier_arrive_expecting(state.rows_there(), T::kBlockM * T::kRowBytes);
+  bulk_copy(smem, rows, T::kBlockM * T::kRowBytes, state.rows_there());
+  for (int col0 = first; col0 < end; col0 += T::kBlockN, state.next()) {
     const auto* columns = static_cast<const unsigned char*>(in.cols.z) + row_at(true, col0, T::kRowBytes);
-    mbarrier_wait(ring.empty(), ring.parity ^ 1);
-    mbarrier_arrive_expecting(ring.full(), T::kBlockN * (T::kRowBytes + 4));
+    mbarrier_wait(state.empty(), state.parity ^ 1);
+    mbarrier_arrive_expecting(state.full(), T::kBlockN * (T::kRowBytes + 4));
     for (int block = 0; block < T::kBlocks; ++block)
-      bulk_copy(ring.columns() + block * T::kBlockN * kBlockRowBytes, columns + block * kRowMultiple * kBlockRowBytes,
-                T::kBlockN * kBlockRowBytes, ring.full());
-    bulk_copy(ring.columns() + T::kFactorsAt, in.cols.inverse + col0, T::kBlockN * 4, ring.full());
+      bulk_copy(state.columns() + block * T::kBlockN * kBlockRowBytes, columns + block * kRowMultiple * kBlockRowBytes,
+                T::kBlockN * kBlockRowBytes, state.full());
+    bulk_copy(state.columns() + T::kFactorsAt, in.cols.inverse + col0, T::kBlockN * 4, state.full());
   }
 }
 
-// s = x y^T (2), but for the norms: the group's rows, and a tile of columns.
+// s = x y^T (2), but for the norms: the consumer's rows, and a tile of columns.
 template <class A, class T>
-MIO_DEVICE void start_logits(float (&s)[T::kBlockN / 8][4], Matrix rows, Matrix columns) {
+MIO_DEVICE void start_logits(float (&s)[T::kBlockN / 8][4], Descriptor rows, Descriptor columns) {
 #pragma unroll
   for (int step = 0; step < T::kWidth / 16; ++step) {
     const uint32_t block = step / 4, inside = step % 4 * 32;
@@ -60,12 +61,12 @@ MIO_DEVICE void start_logits(float (&s)[T::kBlockN / 8][4], Matrix rows, Matrix 
   }
 }
 
-// acc += g y (9), with coefficients as left_operand() makes them.
+// acc += g y (9), with G as left_operand() makes it.
 template <class A, class T>
 MIO_DEVICE void start_gradient(float (&acc)[1][T::kWidth / 8][4], const uint32_t (&g)[T::kBlockN / 16][1][4],
                                uint32_t columns_at) {
   constexpr int kEach = T::kWidth < 128 ? T::kWidth : 128, kNextBlock = T::kBlockN * kBlockRowBytes;  // of a product
-  const Matrix columns(columns_at, kNextBlock);
+  const Descriptor columns(columns_at, kNextBlock);
 #pragma unroll
   for (int step = 0; step < T::kBlockN / 16; ++step)
 #pragma unroll
@@ -84,70 +85,70 @@ MIO_DEVICE void hold_all(Register (&r)[N][4]) {
 
 // Grid: [row blocks, splits].
 template <class A, int kWidth, bool kIds>
-__global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A, kWidth>::kFetchers, 1)
+__global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A, kWidth>::kProducerThreads, 1)
     sweep_hopper_kernel(const Sweep in) {
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   trap();  // such code is never chosen: hopper_is_built() is false
 #else
   using T = HopperTile<A, kWidth>;
   constexpr int N = T::kBlockN / 8;
-  using Terms = std::conditional_t<kIds, LabelledTerms<A, 1>, NegativeTerms<A, 1> >;
   const uint32_t smem = shared_address(shared_memory());
   if (threadIdx.x == 0) {
     if (smem % 1024 != 0) trap();
-    Ring<T> ring{smem};
-    for (int i = 0; i < T::kStages; ++i, ring.next())
-      mbarrier_init(ring.full(), 1), mbarrier_init(ring.empty(), T::kWarps);
-    mbarrier_init(ring.rows_there(), 1);
+    PipelineState<T> state{smem};
+    for (int i = 0; i < T::kStages; ++i, state.next())
+      mbarrier_init(state.full(), 1), mbarrier_init(state.empty(), T::kWarps);
+    mbarrier_init(state.rows_there(), 1);
     mbarrier_init_fence();
   }
   __syncthreads();
   const int split = in.tiles_per_split * T::kBlockN, first = blockIdx.y * split;
   const int end = in.cols.n - first < split ? in.cols.n : first + split;
   if (threadIdx.x >= T::kThreads) {
-    fewer_registers<T::kFetcherRegisters>();
-    if (threadIdx.x == T::kThreads) fetch<T>(in, smem, first, end);
+    fewer_registers<T::kProducerRegisters>();
+    if (threadIdx.x == T::kThreads) produce<T>(in, smem, first, end);
     return;
   }
-  more_registers<T::kGroupRegisters>();
+  more_registers<T::kConsumerRegisters>();
 
-  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
-  const int block_row0 = blockIdx.x * T::kBlockM, group_row0 = block_row0 + group * T::kGroupRows;
+  const int consumer = threadIdx.x / 128, lane = threadIdx.x % 32;
+  const int block_row0 = blockIdx.x * T::kBlockM, consumer_row0 = block_row0 + consumer * T::kConsumerRows;
   const int row0 = block_row0 + threadIdx.x / 32 * 16 + lane / 4;  // this thread's first
-  const Matrix rows(smem + group * T::kGroupRows * kBlockRowBytes);
-  const int my_turn = 1 + group, other_turn = 2 - group;
-  const Scales scales(read_params(in.results.constants, in.results.params));
-  Terms terms(in.rows, in.cols, row0, scales, in.normalize);
+  const Descriptor rows(smem + consumer * T::kConsumerRows * kBlockRowBytes);
+  const int my_barrier = 1 + consumer, other_barrier = 2 - consumer;
+  const Coefficients coefficients(read_params(in.results.constants, in.results.params));
+  TileTerms<A, 1, kIds> terms(in.rows, in.cols, row0, coefficients, in.normalize);
   float acc[1][kWidth / 8][4] = {}, s[1][N][4];
   uint32_t g[N / 2][1][4] = {};
-  if (group == 1) barrier_arrive(other_turn, T::kThreads);  // the first turn is the other's
+  if (consumer == 1) barrier_arrive(other_barrier, T::kThreads);  // the first turn is the other's
 
-  Ring<T> ring{smem}, last{smem};
-  mbarrier_wait(ring.rows_there(), 0);
-  for (int col0 = first; col0 < end; col0 += T::kBlockN, ring.next()) {
-    mbarrier_wait(ring.full(), ring.parity);
-    barrier_wait(my_turn, T::kThreads);
+  PipelineState<T> state{smem}, last{smem};
+  mbarrier_wait(state.rows_there(), 0);
+  for (int col0 = first; col0 < end; col0 += T::kBlockN, state.next()) {
+    mbarrier_wait(state.full(), state.parity);
+    barrier_wait(my_barrier, T::kThreads);
     wgmma_fence();
-    start_logits<A, T>(s[0], rows, Matrix(ring.columns()));
+    start_logits<A, T>(s[0], rows, Descriptor(state.columns()));
     wgmma_commit();
     start_gradient<A, T>(acc, g, last.columns());  // of the tile before; for the first, of zeros
     wgmma_commit();
-    if (group == 0 || col0 + T::kBlockN < end) barrier_arrive(other_turn, T::kThreads);
+    if (consumer == 0 || col0 + T::kBlockN < end) barrier_arrive(other_barrier, T::kThreads);
     wgmma_wait<1>();
     hold_all(s[0]);
-    const bool crossed = col0 + T::kBlockN > in.cols.n || in.pairs.cross(group_row0, T::kGroupRows, col0, T::kBlockN);
-    terms.tile(s, ring.columns() + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
+    const bool crossed =
+        col0 + T::kBlockN > in.cols.n || in.pairs.cross(consumer_row0, T::kConsumerRows, col0, T::kBlockN);
+    terms.tile(s, state.columns() + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
     wgmma_wait<0>();
     hold_all(acc[0]);
 #pragma unroll
     for (int step = 0; step < N / 2; ++step) hold_all(g[step]);
-    if (last.stage != ring.stage) {
+    if (last.stage != state.stage) {
       sync_warp();
       if (lane == 0) mbarrier_arrive(last.empty());
     }
 #pragma unroll
     for (int step = 0; step < N / 2; ++step) left_operand<A, N>(g[step], s[0], step);
-    last = ring;
+    last = state;
   }
   wgmma_fence();
   start_gradient<A, T>(acc, g, last.columns());
@@ -156,10 +157,10 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
   hold_all(acc[0]);
 
   if (in.grad) store_part<T>(in, acc, row0, blockIdx.y);
-  __syncthreads();  // of the two groups: the fetching threads have left. Shared memory changes its use
+  __syncthreads();  // of the consumers: the producer has left. Shared memory changes its use
   double sums[kSums];
   terms.total(sums);
-  finish<A, T, kIds, Terms>(in, sums);
+  end_sweep<A, T, kIds>(in, sums);
 #endif
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "pairwise_bce_chunked.cuh"
+#include "../chunked.cuh"
 
-#include "pairwise_bce_launch.cuh"
+#include "../launch.cuh"
 
 namespace mio_ext {
 
@@ -11,14 +11,14 @@ void LaunchChunked<A>::prepare(const Prepare& in, Stream stream) {
 }
 
 template <class A>
-void LaunchChunked<A>::terms(const Terms& in, Stream stream) {
+void LaunchChunked<A>::terms(const ChunkTerms& in, Stream stream) {
   launch(in.rows.ids ? terms_kernel<A, true> : terms_kernel<A, false>, dim3(ceil_div(in.n, kChunkWarps)),
          32 * kChunkWarps, kChunkShared, stream, in);
 }
 
 template <class A>
-void LaunchChunked<A>::finish(const FinishRows& in, Stream stream) {
-  launch(in.rows.ids ? finish_kernel<A, true> : finish_kernel<A, false>, dim3(ceil_div(in.rows.n, kChunkWarps)),
+void LaunchChunked<A>::project(const ChunkProjection& in, Stream stream) {
+  launch(in.rows.ids ? project_kernel<A, true> : project_kernel<A, false>, dim3(ceil_div(in.rows.n, kChunkWarps)),
          32 * kChunkWarps, kChunkShared, stream, in);
 }
 

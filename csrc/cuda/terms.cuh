@@ -1,16 +1,56 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of a tile of logits in registers, eq. (7)-(8) and (11)-(12): it becomes loss, statistics and the
-// coefficients of the gradient, from one exponential and one reciprocal each.
+// The arithmetic of a tile of logits in registers, eq. (7)-(8) and (11)-(12): it becomes loss, statistics and G,
+// d loss / d (x.y), from one exponential and one reciprocal each.
 //
 // A thread holds, of every 16 x 8 numbers, rows g and g + 8 (g = lane / 4) and columns 2q, 2q + 1 (q = lane % 4).
 #pragma once
 
-#include "pairwise_bce_rows.cuh"
+#include <type_traits>
+
+#include "prepare.cuh"
+#include "sums.cuh"
 
 namespace mio_ext {
 
+constexpr float kLn2 = 0.693147180559945f;
+constexpr float kLog2e = 1.442695040888963f;
+
+// e = 2^-|t| of a base-2 logit t gives max(t, 0), and with one reciprocal sigma(t). NaN stays NaN.
+struct Term {
+  float e, relu, sigmoid;
+  MIO_DEVICE explicit Term(float t) {
+    const bool below = t < 0;
+    e = exp2_approx(-fabsf(t));
+    relu = below ? 0 : t;
+    const float r = reciprocal(1 + e);
+    sigmoid = below ? e * r : r;
+  }
+};
+
+// log2(1 + v) for v >= 0, to the last bits where v is tiny: the rounding of 1 + v cancels.
+MIO_DEVICE float log2_1p(float v) {
+  const float w = 1 + v;
+  return w == 1 ? v * kLog2e : log2f(w) * (v / (w - 1));
+}
+
+struct Coefficients {
+  float p, n, bias;                    // of the logits, base 2
+  float weight_p, weight_n, weight_l;  // d loss / d (x.y) is weight_n sigma, or -weight_p sigma - weight_l
+
+  MIO_DEVICE explicit Coefficients(const LossParams& v)
+      : p(float(v.scale_p) * kLog2e),
+        n(float(v.scale_n) * kLog2e),
+        bias(float(v.bias) * kLog2e),
+        weight_p(float(v.weight_p * v.scale_p)),
+        weight_n(float(v.weight_n * v.scale_n)),
+        weight_l(float(v.weight_l)) {}
+};
+
 // Sum of softplus(t) / ln 2 without a logarithm: max(t, 0) adds up, and of the factors 1 + e of the rest
 // the product less 1 is kept, exact for tiny e; whole powers of two move to the sum before it overflows.
+//     log2((1 + a)(1 + b)) = log2(1 + p),  p = a + b + a b:
+// with a = b = 2^-30 the product itself would be 1 in float32, and p is 2^-29; with a = b = 1 it is 4, of which 2 goes
+// to the sum and p = 0 stays.
 struct SoftplusSum {
   float sum = 0, p = 0;
 
@@ -69,8 +109,8 @@ struct TwoBoundedTerms {
   };
 };
 
-// What a thread's F x 2 rows need of a sweep without ids, and its sums over negative pairs. Coefficients are
-// sigma alone; d loss / d (x.y) is weight_n sigma, and comes in at the end.
+// What a thread's F x 2 rows need of a sweep without ids, and its sums over negative pairs. G is sigma
+// alone; weight_n comes in at the end.
 template <class A, int F>
 struct NegativeTerms {
   float scale[F][2];  // logit = (product without the row's norm) scale + bias; -inf for rows that do not exist
@@ -81,22 +121,23 @@ struct NegativeTerms {
   int row0, n_cols;
   bool bounded;  // TwoBoundedTerms will do
 
-  MIO_DEVICE NegativeTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales, bool normalize)
+  MIO_DEVICE NegativeTerms(const Prepared& rows, const Prepared& cols, int row0, const Coefficients& coefficients,
+                           bool normalize)
       : rows(rows),
         row0(row0),
         n_cols(cols.n),
-        bounded(normalize && fabsf(scales.n) + fabsf(scales.bias) < TwoBoundedTerms::kBound) {
+        bounded(normalize && fabsf(coefficients.n) + fabsf(coefficients.bias) < TwoBoundedTerms::kBound) {
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row0 + 16 * f + 8 * h;
-        scale[f][h] = rows.inverse[row] * scales.n / A::kLift;
-        bias[f][h] = row < rows.n ? scales.bias : -float_of(0x7f800000u);
+        scale[f][h] = rows.inverse[row] * coefficients.n / A::kLift;
+        bias[f][h] = row < rows.n ? coefficients.bias : -float_of(0x7f800000u);
       }
   }
 
-  MIO_DEVICE static float acc_weight(const Scales& scales) { return scales.weight_n / A::kLift; }
+  MIO_DEVICE static float acc_weight(const Coefficients& coefficients) { return coefficients.weight_n / A::kLift; }
 
   // s [F, 8 N columns], x.y but for the norms, becomes sigma times the column's norm. factors: the columns'
   // inverse norms, in shared memory. crossed: some pairs are no negative ones.
@@ -113,7 +154,7 @@ struct NegativeTerms {
       tile_of<TwoTerms, false, true>(s, factors, pairs, row0, col0);
   }
 
-  // kCrossed: pairs that are no negative ones take no part, and have coefficient 0.
+  // kCrossed: pairs that are no negative ones take no part, and G is 0 there.
   template <class Two, bool kCrossed, bool kLoss, int N>
   MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0) {
     const int column = threadIdx.x % 4 * 2;
@@ -205,14 +246,14 @@ struct ThreadSums {
   }
 };
 
-// Coefficients with ids: d loss / d (x.y) over `unit`, the largest of them.
+// G with ids: d loss / d (x.y) over `unit`, the largest there is.
 struct LabelledWeights {
   float unit, p, n, l;
-  MIO_DEVICE explicit LabelledWeights(const Scales& s) : unit(unit_of(s)) {
+  MIO_DEVICE explicit LabelledWeights(const Coefficients& s) : unit(unit_of(s)) {
     const float over = unit > 0 ? 1 / unit : unit == 0 ? 0 : unit;
     p = -s.weight_p * over, n = s.weight_n * over, l = -s.weight_l * over;
   }
-  MIO_DEVICE static float unit_of(const Scales& s) {
+  MIO_DEVICE static float unit_of(const Coefficients& s) {
     return fmaxf(fabsf(s.weight_p) + fabsf(s.weight_l), fabsf(s.weight_n));
   }
 };
@@ -224,12 +265,12 @@ struct LabelledTerms {
   int64_t id[F][2];
   ThreadSums positive, negative;
   float distance = 0;
-  Scales scales;
+  Coefficients coefficients;
   LabelledWeights weights;
   const Prepared &rows, &cols;
 
-  MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, int row0, const Scales& scales, bool)
-      : scales(scales), weights(scales), rows(rows), cols(cols) {
+  MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, int row0, const Coefficients& coefficients, bool)
+      : coefficients(coefficients), weights(coefficients), rows(rows), cols(cols) {
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -240,7 +281,9 @@ struct LabelledTerms {
       }
   }
 
-  MIO_DEVICE static float acc_weight(const Scales& scales) { return LabelledWeights::unit_of(scales) / A::kLift; }
+  MIO_DEVICE static float acc_weight(const Coefficients& coefficients) {
+    return LabelledWeights::unit_of(coefficients) / A::kLift;
+  }
 
   // As in NegativeTerms, for every tile.
   template <int N>
@@ -264,7 +307,8 @@ struct LabelledTerms {
             const bool keep = row < rows.n && col < cols.n && col != pairs.own(row);
             const bool same = keep && id[f][h] == col_id;
             const float product = at * c * inverse[f][h];
-            const Term term(keep ? (same ? -(product * scales.p + scales.bias) : product * scales.n + scales.bias)
+            const Term term(keep ? (same ? -(product * coefficients.p + coefficients.bias)
+                                         : product * coefficients.n + coefficients.bias)
                                  : -float_of(0x7f800000u));
             at = keep ? (same ? term.sigmoid * weights.p + weights.l : term.sigmoid * weights.n) * c : 0.0f;
             if (same) {
@@ -290,5 +334,8 @@ struct LabelledTerms {
     to_array(out, sums);
   }
 };
+
+template <class A, int F, bool kIds>
+using TileTerms = std::conditional_t<kIds, LabelledTerms<A, F>, NegativeTerms<A, F>>;
 
 }  // namespace mio_ext

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two matrix products of a tile, fragment by fragment: logits from rows and columns in shared memory, and the
-// rows' gradient from the coefficients that the logits have become.
+// rows' gradient from G, which the logits have become.
 //
 // float32 in halves: (high + low)(high + low) but for low low, which is 2^-22 of it. The tensor cores cut sums off
 // instead of rounding them, and a sum over thousands of columns would drift, so these sums are taken outside.
 #pragma once
 
-#include "pairwise_bce_tile.h"
+#include "tile.h"
 
 namespace mio_ext {
 
@@ -63,7 +63,7 @@ MIO_DEVICE void logits(float (&s)[F][N][4], uint32_t rows, uint32_t columns) {
   }
 }
 
-// The accumulator's layout of coefficients is the left operand's: two 16-bit columns side by side are a pair.
+// The accumulator's layout of G is the left operand's: two 16-bit columns side by side are a pair.
 template <class A, int N>
 MIO_DEVICE void left_operand(uint32_t (&a)[1][4], const float (&g)[N][4], int step) {
   if constexpr (sizeof(typename A::Element) == 2) {
@@ -81,7 +81,7 @@ MIO_DEVICE void left_operand(uint32_t (&a)[1][4], const float (&g)[N][4], int st
   }
 }
 
-// Halves of the coefficients, for which row h of the two is multiplied by power[h].
+// Halves of G, for which row h of the two is multiplied by power[h].
 template <int N>
 MIO_DEVICE void left_operand(uint32_t (&a)[2][4], const float (&g)[N][4], int step, const float (&power)[2]) {
 #pragma unroll
@@ -114,7 +114,7 @@ MIO_DEVICE void right_operand(uint32_t (&b)[A::kParts][4], uint32_t columns, int
   }
 }
 
-// A power of two that brings a row's largest coefficient of this tile to [2^14, 2^15), and its inverse. Four lanes
+// A power of two that brings a row's largest number of G in this tile to [2^14, 2^15), and its inverse. Four lanes
 // have the row's columns.
 struct RowPower {
   float power, inverse;

@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chunked path's kernels, for rows too wide to keep their gradient in registers. A library multiplies a chunk of
-// rows with all columns; terms_kernel turns these products, where they lie, into loss and coefficients; a library
-// multiplies those with the columns and the rows; finish_kernel adds the positive pairs and eq. (10).
+// rows with all columns; terms_kernel turns these products, where they lie, into loss and G, eq. (7)-(8); a library
+// multiplies that with the columns and the rows; project_kernel adds the positive pairs and eq. (10).
 //
-// The coefficients carry both sides' norms, so that one matrix serves dx and dy; finish_kernel takes the row's own
-// back out. Without ids the positive pair has coefficient 0, as in the fused path: its weight, N times that of a
-// negative pair, would leave nothing of these in 16 bits.
+// G carries both sides' norms, so that one matrix serves dx and dy; project_kernel takes the row's own back out.
+// Without ids it is 0 for the positive pair, as in the fused path: whose weight, N times that of a negative pair, would
+// leave nothing of these in 16 bits.
 #pragma once
 
-#include "pairwise_bce_terms.cuh"
+#include "project.cuh"
 
 namespace mio_ext {
 
 constexpr int kChunkWarps = 8;  // of a block; a warp has a row
 
-struct Terms {
+struct ChunkTerms {
   Prepared rows, cols;
   Pairs pairs;
   LossParams constants;
   const float* params;
-  float* products;  // [n, cols.n_pad]; coefficients begin where their row does, in the features' type
+  float* products;  // [n, cols.n_pad]; G begins where its row does, in the features' type
   int row0, n;      // the chunk
   bool grad;
   PairSums* records;  // [ceil(n / kChunkWarps)]
 };
 
-// Four coefficients side by side.
+// Four numbers of G side by side.
 MIO_DEVICE void store_four(float* to, const float (&g)[4]) {
   *reinterpret_cast<float4*>(to) = {g[0], g[1], g[2], g[3]};
 }
@@ -38,8 +38,8 @@ MIO_DEVICE void store_four(Element* to, const float (&g)[4]) {
 template <class A, bool kIds>
 struct RowTerms {
   static constexpr int kGroup = 4;  // of 128 columns, read at once
-  const Terms& in;
-  const Scales scales;
+  const ChunkTerms& in;
+  const Coefficients coefficients;
   const LabelledWeights weights;
   const int row, positive_col, own_col;
   const float inverse = in.rows.inverse[row];
@@ -47,17 +47,17 @@ struct RowTerms {
   ThreadSums positive, negative;
   float distance = 0;
 
-  MIO_DEVICE RowTerms(const Terms& in, int row)
+  MIO_DEVICE RowTerms(const ChunkTerms& in, int row)
       : in(in),
-        scales(read_params(in.constants, in.params)),
-        weights(scales),
+        coefficients(read_params(in.constants, in.params)),
+        weights(coefficients),
         row(row),
         positive_col(in.pairs.positive(row)),
         own_col(in.pairs.own(row)) {}
 
   MIO_DEVICE void sweep(float* products) {
     const int lane = threadIdx.x % 32;
-    auto* coefficients = reinterpret_cast<typename A::Element*>(products);
+    auto* g_row = reinterpret_cast<typename A::Element*>(products);
     for (int group = 0; group < in.cols.n_pad; group += 128 * kGroup) {
       float4 s[kGroup];
 #pragma unroll
@@ -65,14 +65,14 @@ struct RowTerms {
         const int col = group + 128 * i + 4 * lane;
         if (col < in.cols.n_pad) s[i] = *reinterpret_cast<const float4*>(products + col);
       }
-      sync_warp();  // 16-bit coefficients of this group may lie where the warp has just read
+      sync_warp();  // G in 16 bits of this group may lie where the warp has just read
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         const int col = group + 128 * i + 4 * lane;
         if (col >= in.cols.n_pad) continue;
         float g[4] = {s[i].x, s[i].y, s[i].z, s[i].w};
         four(g, col);
-        if (in.grad) store_four(coefficients + col, g);
+        if (in.grad) store_four(g_row + col, g);
       }
     }
   }
@@ -81,7 +81,7 @@ struct RowTerms {
     PairSums out;
     positive.to(out.positive);
     negative.to(out.negative);
-    if (!kIds) out.negative.count = 0;  // finish_kernel counts
+    if (!kIds) out.negative.count = 0;  // project_kernel counts
     out.distance = distance;
     to_array(out, sums);
   }
@@ -101,7 +101,8 @@ struct RowTerms {
       } else {
         keep = keep && col != positive_col;
       }
-      const Term term(same ? -(product * scales.p + scales.bias) : product * scales.n + scales.bias);
+      const Term term(same ? -(product * coefficients.p + coefficients.bias)
+                           : product * coefficients.n + coefficients.bias);
       s[i] = 0;
       if (same) {
         relu_p += term.relu, p_p = times_1p(p_p, term.e);
@@ -132,7 +133,7 @@ constexpr int kChunkShared = (kChunkWarps + 1) * int(sizeof(PairSums)) + 8;  // 
 
 // Grid: [ceil(n / kChunkWarps)].
 template <class A, bool kIds>
-__global__ void __launch_bounds__(32 * kChunkWarps) terms_kernel(const Terms in) {
+__global__ void __launch_bounds__(32 * kChunkWarps) terms_kernel(const ChunkTerms in) {
   const int local = blockIdx.x * kChunkWarps + threadIdx.x / 32;
   double sums[kSums] = {};
   if (local < in.n) {  // the same for a whole warp
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(32 * kChunkWarps) terms_kernel(const Terms in)
   write_record<kChunkWarps>(sums, in.records + blockIdx.x);
 }
 
-struct FinishRows {
+struct ChunkProjection {
   Prepared rows, cols;
   Pairs pairs;
   Results results;
@@ -159,7 +160,7 @@ struct FinishRows {
 
 // A warp finishes a row, eight features a lane at a time.
 template <class A, bool kIds>
-MIO_DEVICE void finish_row(const FinishRows& in, const Scales& scales, int row, PairSums& out) {
+MIO_DEVICE void project_row(const ChunkProjection& in, const Coefficients& coefficients, int row, PairSums& out) {
   constexpr int kStep = 8 * kWideRowLanes;
   const int first = 8 * (threadIdx.x % kWideRowLanes);
   const int column = kIds ? -1 : in.pairs.positive(row);
@@ -173,12 +174,12 @@ MIO_DEVICE void finish_row(const FinishRows& in, const Scales& scales, int row, 
     if (column >= 0) {
       for (int f = first; f < in.width; f += kStep) x_at(x, f), y_at(y, f), pair.add(x, y);
       pair.sum_up<kWideRowLanes>();
-      pair.to(out, scales);
+      pair.to(out, coefficients);
     }
   }
   if (!in.grad) return;
   const float back = in.rows.back[row] * in.gradient_times;
-  const float times = (kIds ? LabelledWeights::unit_of(scales) : scales.weight_n) / (A::kLift * inverse);
+  const float times = (kIds ? LabelledWeights::unit_of(coefficients) : coefficients.weight_n) / (A::kLift * inverse);
   const bool aligned = rows_are_aligned(in.grad, in.d);
   float* grad = in.grad + int64_t(row) * in.d;
   auto load_grad = [&](float (&g)[8], int f) {
@@ -191,7 +192,7 @@ MIO_DEVICE void finish_row(const FinishRows& in, const Scales& scales, int row, 
     load_grad(g, f), x_at(x, f);
 #pragma unroll
     for (int i = 0; i < 8; ++i) g[i] *= times;
-    if (column >= 0) y_at(y, f), pair.add_gradient(g, x, y, scales);
+    if (column >= 0) y_at(y, f), pair.add_gradient(g, x, y, coefficients);
     dot += dot_eight(g, x);
     store_row_eight(grad, f, in.d, aligned, g);
   }
@@ -206,11 +207,11 @@ MIO_DEVICE void finish_row(const FinishRows& in, const Scales& scales, int row, 
 
 // Grid: [ceil(rows.n / kChunkWarps)].
 template <class A, bool kIds>
-__global__ void __launch_bounds__(32 * kChunkWarps) finish_kernel(const FinishRows in) {
-  const Scales scales(read_params(in.results.constants, in.results.params));
+__global__ void __launch_bounds__(32 * kChunkWarps) project_kernel(const ChunkProjection in) {
+  const Coefficients coefficients(read_params(in.results.constants, in.results.params));
   const int row = blockIdx.x * kChunkWarps + threadIdx.x / 32;
   PairSums out;
-  if (row < in.rows.n) finish_row<A, kIds>(in, scales, row, out);
+  if (row < in.rows.n) project_row<A, kIds>(in, coefficients, row, out);
   if (!in.loss) return;
   if (threadIdx.x % 32 != 0) out = PairSums();  // all lanes have the same
   double sums[kSums];

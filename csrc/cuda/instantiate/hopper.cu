@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "pairwise_bce_hopper.cuh"
+#include "../sweep_hopper.cuh"
 
-#include "pairwise_bce_launch.cuh"
+#include "../launch.cuh"
 
 namespace mio_ext {
 
@@ -11,7 +11,7 @@ void LaunchHopper<A>::sweep(Sweep in, int width, int multiprocessors, float* scr
   in.prepares = false;
   with_width(width, in.rows.ids, [&](auto w, auto ids) {
     using T = HopperTile<A, w()>;
-    launch_planned<T>(sweep_hopper_kernel<A, w(), ids()>, T::kThreads + T::kFetchers, 1, multiprocessors,
+    launch_planned<T>(sweep_hopper_kernel<A, w(), ids()>, T::kThreads + T::kProducerThreads, 1, multiprocessors,
                       2 * multiprocessors, false, in, scratch, stream);
   });
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "pairwise_bce_launch.cuh"
+#include "../launch.cuh"
 
 namespace mio_ext {
 template struct Launch<Fp16>;

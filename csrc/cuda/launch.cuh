@@ -4,9 +4,9 @@
 
 #include <type_traits>
 
-#include "pairwise_bce_chunked.cuh"
+#include "chunked.cuh"
 #include "pairwise_bce_cuda.h"
-#include "pairwise_bce_kernel.cuh"
+#include "sweep.cuh"
 
 namespace mio_ext {
 
@@ -36,18 +36,18 @@ struct Launch {
   static void sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream);
 };
 
-// The sweep for compute capability 9.0; instantiated in pairwise_bce_hopper.cu.
+// The sweep for compute capability 9.0; instantiated in instantiate/hopper.cu.
 template <class A>
 struct LaunchHopper {
   static void sweep(Sweep in, int width, int multiprocessors, float* scratch, Stream stream);
 };
 
-// Of the chunked path; instantiated in pairwise_bce_chunked.cu.
+// Of the chunked path; instantiated in instantiate/chunked.cu.
 template <class A>
 struct LaunchChunked {
   static void prepare(const Prepare& in, Stream stream);
-  static void terms(const Terms& in, Stream stream);
-  static void finish(const FinishRows& in, Stream stream);
+  static void terms(const ChunkTerms& in, Stream stream);
+  static void project(const ChunkProjection& in, Stream stream);
 };
 
 // Calls f with the width and whether there are ids as types, which the kernels are made for.
