@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Triton backend's numbers must withstand, in the interpreter: tensor cores that cut sums off, views that
-agree, and NaN of any bits. test_triton.py starts these tests in a process of their own."""
+agree, NaN of any bits, and numbers of any size. test_triton.py starts these tests in a process of their own."""
 
 import functools
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_no_worse_than, relative_error, views
-from test_pairwise_bce import features
-from test_triton import interpreted, tf32  # noqa: F401  the fixture
+from test_pairwise_bce import assert_matches_reference, features, run
+from test_triton import TRITON, interpreted, tf32  # noqa: F401  the fixture
 
 from mio_ext import mio_loss, ops, reference, siglip_loss
 
@@ -169,3 +169,59 @@ def test_nan_and_infinity_in_a_number_reach_the_loss(number, bits, d):
     assert not mio_loss(z1, z2, backend="triton", **{number: value}).isfinite()
     labels = torch.arange(6) % 3
     assert not mio_loss(z1, z2, backend="triton", labels=labels, **{number: value}).isfinite()
+
+
+@pytest.mark.parametrize("d", [64, 150])
+@pytest.mark.parametrize("scale, bias", [(100.0, -10.0), (1.0, -10.0), (1.0, 50.0)])
+def test_extreme_logits(scale, bias, d):
+    x, y = (torch.nn.functional.normalize(t) for t in features(50, 40, d, torch.float32))
+    y[:40] = torch.nn.functional.normalize(y[:40] + 2 * x[:40])
+    weights = (1 / 50, 1 / 50, 0.0)
+    assert_matches_reference(TRITON, x, y, scale=(scale, scale), bias=bias, weights=weights)
+
+
+@pytest.mark.parametrize("norm", [1e-4, 1.0, 3e4])
+@pytest.mark.parametrize("d", [20, 260])
+def test_float16_rows_of_any_norm(norm, d):
+    """1/‖z‖ in float16 would overflow, or flush: prepare_kernel takes the power of two out first."""
+    x, y = (torch.nn.functional.normalize(t.float()) * norm for t in features(40, 40, d, torch.float32))
+    (loss, grads), (exact_loss, exact_grads) = (
+        _run(backend, x.half(), y.half(), dtype) for backend, dtype in (("triton", None), ("reference", torch.float64))
+    )
+    assert relative_error(loss, exact_loss) < 1e-6
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        assert relative_error(grad, exact) < 2e-3
+
+
+def _run(backend, x, y, dtype):
+    """The op's float32 gradients: at a norm of 1e-4 float16 could not hold them."""
+    numbers = [5.0, 4.0, -0.5, 0.1, 0.01, 0.0]
+    if backend == "triton":
+        op = torch.ops.mio_ext.pairwise_bce_triton
+        loss, _, dx, dy, _ = op(x, y, None, None, None, numbers, 0, 0, False, True, [True, True, False])
+        return loss, (dx, dy)
+    x, y = (t.to(dtype).requires_grad_() for t in (x, y))
+    loss, _ = ops.pairwise_bce(
+        x, y, scale=(5.0, 4.0), bias=-0.5, weights=(0.1, 0.01, 0.0), normalize=True, backend=backend
+    )
+    return loss, torch.autograd.grad(loss, (x, y))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_float32_rows_of_any_norm(normalize):
+    """Two float16 hold 22 bits of them whatever their exponent, and of their columns' σ too."""
+    x, y = features(40, 50, 20, torch.float32)
+    x = x * 2.0 ** torch.linspace(-60, 60, 40)[:, None]
+    y = y * 2.0 ** torch.linspace(60, -60, 50)[:, None]
+    scale = 4.0 if normalize else 2.0**-110
+    assert_matches_reference(TRITON, x, y, scale=(scale, scale), normalize=normalize)
+
+
+def test_sigmoids_far_below_float16():
+    """Every σ is near e^-40, and still a float32 gradient is due."""
+    x, y = features(40, 30, 8, torch.float32)
+    kwargs = {"bias": -40.0, "offset": 30, "weights": (1.0, 1.0, 0.0)}
+    _, grads, _ = run("triton", x, y, **kwargs)
+    _, exact, _ = run("reference", x, y, torch.float64, **kwargs)
+    for g, e in zip(grads, exact, strict=True):
+        assert relative_error(g, e) < 2e-6
