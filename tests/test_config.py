@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torchvision")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train import pretrain
-from train.config import RUN_OPTIONS, Config, make_parser, parse_arguments, preset_names
+from train.config import RUN_OPTIONS, Config, load_config, make_parser, parse_arguments, preset_names
 from train.errors import UserError
 
 
@@ -87,3 +87,21 @@ def test_help_names_every_option():
         assert "--" + name.replace("_", "-") in text
     assert {"output", "device", "log_every"} <= RUN_OPTIONS
     assert not {"temperature", "epochs", "seed", "data"} & RUN_OPTIONS
+
+
+@pytest.mark.parametrize("name", ['quo"te', "back\\slash", "new\nline", "tab\t", "\x7f", "日本", "\x1b[0m"])
+def test_any_path_survives_config_toml(name, tmp_path):
+    config = Config(data=f"folder:{name}", output=name)
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert load_config(tmp_path) == config
+
+
+def test_a_path_that_is_no_utf8_is_refused_before_anything_is_done():
+    with pytest.raises(UserError, match=r"--data 'folder:caf\\udce9' is no UTF-8"):
+        Config(data="folder:caf\udce9")
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config, _ = parse_arguments(["--output=~/x", "--data-root=~/data"], "pretrain.py", "")
+    assert (config.output, config.data_root) == ("/home/me/x", "/home/me/data")

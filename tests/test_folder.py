@@ -2,7 +2,9 @@
 # ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
 """Folders of images: labels stay with their images, splits stay apart, mistakes are told in plain words."""
 
+import os
 import re
+import struct
 import sys
 import threading
 from pathlib import Path
@@ -18,7 +20,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from train import folder
+from train import folder, listing
 from train.data import ImageData, load_data
 from train.errors import UserError
 
@@ -102,6 +104,95 @@ def test_an_unlabelled_test_folder_is_not_used(tmp_path, capsys):
     assert "test has no labelled images: a tenth of" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [("train", "valid"), ("train", "validation"), ("Train", "Test"), ("training", "testing"), ("TRAIN", "VAL")],
+)
+def test_splits_go_by_their_usual_names(tmp_path, train, held_out):
+    """They used to be taken for two classes, and the held-out images were trained on."""
+    root = tmp_path / "pets"
+    make_classes(root / train, 4)
+    make_classes(root / held_out, 2)
+    data = load(root)
+    assert (len(data.pretrain), len(data.test)) == (12, 6)
+    assert_colours_are_labels(data)
+
+
+def test_the_name_of_a_split_is_no_class(tmp_path):
+    make_classes(tmp_path / "pets", 3, ("cat", "dog"))
+    make_classes(tmp_path / "pets" / "Valid", 1)
+    with pytest.raises(UserError, match="Valid is the name of a split, and there is no train beside it"):
+        load(tmp_path / "pets")
+
+
+def test_what_lies_beside_the_splits_is_named_and_not_used(tmp_path, capsys):
+    make_classes(tmp_path / "pets" / "train", 10)
+    make_classes(tmp_path / "pets" / "extra", 1)
+    data = load(tmp_path / "pets")
+    assert (len(data.train), len(data.test)) == (27, 3)
+    assert_colours_are_labels(data)
+    assert "train holds the training images: extra beside it is not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["tiny-imagenet", "ImageNet"])
+def test_an_unlabelled_split_gives_way_to_a_labelled_one(tmp_path, layout, capsys):
+    root = tmp_path / "pets"
+    if layout == "tiny-imagenet":  # as unzipped
+        for name in COLOURS:
+            make_classes(root / "train" / name, 0)
+            for number in range(10):
+                save(root / "train" / name / "images" / f"{number}.JPEG", COLOURS[name])
+        save(root / "val" / "images" / "val_0.JPEG")
+        save(root / "test" / "images" / "test_0.JPEG")
+    else:
+        make_classes(root / "train", 27)
+        make_classes(root / "val", 1)
+        save(root / "test" / "0.png")
+    data = load(root)
+    assert len(data.test) == 3
+    assert_colours_are_labels(data)
+    if layout == "tiny-imagenet":
+        assert "has no labelled images: a tenth of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".gif", ".avif"])
+def test_what_pillow_reads_is_an_image(tmp_path, suffix):
+    if suffix not in listing.EXTENSIONS:
+        pytest.skip(f"this Pillow reads no {suffix}")
+    make_classes(tmp_path / "pets", 2, ("cat", "dog"), suffix=".png")
+    for number in range(2):
+        save(tmp_path / "pets" / "owl" / f"{number}{suffix}", COLOURS["owl"])
+    assert load(tmp_path / "pets").classes == ("cat", "dog", "owl")
+
+
+def test_the_first_frame_of_a_gif_counts(tmp_path):
+    frames = [Image.new("RGB", (12, 12), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    (tmp_path / "pets").mkdir()
+    frames[0].save(tmp_path / "pets" / "a.gif", save_all=True, append_images=frames[1:])
+    (image,) = load(tmp_path / "pets").pretrain
+    assert image.flatten(1).unique(dim=1).flatten().tolist() == [250, 0, 0]
+
+
+def test_files_that_are_not_read_are_counted_by_extension(tmp_path, capsys):
+    root = make_classes(tmp_path / "pets", 2)
+    for name in ("cat/a.HEIC", "cat/b.heic", "notes.txt", "Makefile"):
+        (root / name).touch()
+    load(root)
+    assert "that are not read: 2 .heic, 1 .txt, 1 no extension" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing", "link to itself"])
+def test_what_is_no_file_is_left_out(tmp_path, kind, capsys):
+    root = make_classes(tmp_path / "pets", 2)
+    if kind == "pipe":
+        os.mkfifo(root / "cat" / "x.png")
+    else:
+        (root / "cat" / "x.png").symlink_to("nowhere.png" if kind == "link to nothing" else "x.png")
+    data = load(root)
+    assert len(data.train) + len(data.test) == 6
+    assert "1 damaged images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layout", ["flat", "mixed", "one folder", "one image each", "split"])
 def test_unlabelled_images_have_no_splits(tmp_path, layout, capsys):
     root = tmp_path / "pets"
@@ -124,14 +215,14 @@ def test_the_hold_out_is_stratified_disjoint_and_stable(tmp_path):
     root = tmp_path / "pets"
     for name, count in (("cat", 40), ("dog", 20), ("owl", 2)):
         make_classes(root, count, (name,))
-    listing = folder.list_images(root)
-    train, test = listing.files[: listing.train_files], listing.files[listing.train_files :]
+    listed = listing.list_images(root)
+    train, test = listed.files[: listed.train_files], listed.files[listed.train_files :]
     assert not {file.path for file in train} & {file.path for file in test}
-    assert np.bincount(listing.labels[listing.train_files :]).tolist() == [4, 2, 1]
-    assert folder.list_images(root) == listing
+    assert np.bincount(listed.labels[listed.train_files :]).tolist() == [4, 2, 1]
+    assert listing.list_images(root) == listed
     other = tmp_path / "moved"
     root.rename(other)
-    assert [file.path for file in folder.list_images(other).files] == [file.path for file in listing.files]
+    assert [file.path for file in listing.list_images(other).files] == [file.path for file in listed.files]
 
 
 # Folders: decoding
@@ -157,6 +248,34 @@ def test_orientation_modes_and_crop(tmp_path):
     assert transparent.unique().tolist() == [255]
     assert deep.unique().tolist() == [200]
     assert cropped.flatten(1).unique(dim=1).flatten().tolist() == [0, 0, 255]
+
+
+def test_a_malformed_tag_does_not_cost_a_turned_photo(tmp_path):
+    """Its orientation is right; another tag holds text where a number belongs."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    turned = Image.new("RGB", (16, 16), "black")
+    turned.paste((255, 255, 255), (0, 0, 16, 8))
+    (tmp_path / "photos").mkdir()
+    turned.save(tmp_path / "photos" / "a.jpg", exif=exif, quality=95)
+    (image,) = load(tmp_path / "photos").pretrain
+    assert image[:, :, :6].max() < 30 and image[:, :, 10:].min() > 225
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.full((16, 16), 4000, np.uint16), "16 bits a pixel, of which at most 12 are used"),
+        (np.full((16, 16), 70000, np.int32), "32-bit integers, whose range the file does not say"),
+        (np.full((16, 16), 0.5, np.float32), "floats, whose range the file does not say"),
+    ],
+)
+def test_pixels_of_unknown_range_are_refused_by_name(tmp_path, pixels, reason):
+    """They came out nearly black."""
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "photos" / "a.tif")
+    with pytest.raises(UserError, match=f"none of its images can be decoded; a.tif: ValueError: {reason}"):
+        load(tmp_path / "photos")
 
 
 def test_the_stored_size(tmp_path, capsys):

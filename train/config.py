@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
+import os
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -142,6 +144,9 @@ class Config:
     evaluate: bool = option("run", True, "score the encoder with a linear probe and k-NN at the end")
 
     def __post_init__(self) -> None:
+        for name in ("data_root", "output", "resume"):
+            if (path := getattr(self, name)) is not None:  # --output=~/runs reaches us as it is
+                object.__setattr__(self, name, os.path.expanduser(path))
         for f in fields(self):
             check_range(f.name, getattr(self, f.name), f.metadata)
         if self.crop_area[0] > self.crop_area[1]:
@@ -191,7 +196,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML escapes as JSON does
     return repr(value)
 
 
@@ -201,6 +206,11 @@ def check_range(name: str, value: Any, limits: Any) -> None:
         return
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{flag(name)} must be one of {', '.join(limits['choices'])}, got {value!r}")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{flag(name)} {value!r} is no UTF-8: config.toml cannot hold it; rename it") from error
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, str | bool):
             continue

@@ -21,20 +21,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from train.errors import UserError
+from train.listing import ImageFile, Listing, list_images
 from train.progress import counting
 
-FORMAT = 1  #: part of the cache key: raise it when decoding or the files of the cache change
-HELD_OUT = 10  #: one image in so many of each class is held out where the folder has no test split
+FORMAT = 2  #: part of the cache key: raise it when decoding or the files of the cache change
 LARGEST_OWN_SIZE, DEFAULT_SIZE = 96, 64  #: pixels
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  #: by EXIF orientation
 BLOCK = 256  #: images decoded between two writes
 
 
@@ -49,32 +57,18 @@ class FolderImages:
     classes: tuple[str, ...]
 
 
-class ImageFile(NamedTuple):
-    path: str  #: relative to the folder, with slashes
-    bytes: int
-    modified: int  #: nanoseconds
-
-
-class Listing(NamedTuple):
-    """What to decode, in order."""
-
-    files: list[ImageFile]  #: train split first
-    train_files: int
-    labels: list[int] | None
-    classes: tuple[str, ...]
-
-
 def load_folder(path: Path, cache: Path, image_size: int | None) -> FolderImages:
     """Decode the images below ``path``, or read them from ``cache``, as [n, 3, image_size, image_size].
 
-    Splits: path/train and path/test (or path/val) if both exist. Otherwise, of labelled images, a fixed
-    tenth of every class is held out as the test split. Labels: the first-level directory, if every
-    image lies in one and there are at least two of them; otherwise the images are unlabelled, and there is
-    no test split. Files count by extension; hidden ones and __MACOSX are skipped; links are followed.
+    Splits: path/train and path/test (or val, valid, validation; in any case), the first whose images are
+    labelled. Otherwise, of labelled images, a fixed tenth of every class is held out as the test split.
+    Labels: the first-level directory, if every image lies in one and there are at least two of them; otherwise
+    the images are unlabelled, and there is no test split. Files count by extension, other kinds are named;
+    hidden ones and __MACOSX are skipped; links are followed.
 
-    An image is turned by its EXIF orientation, made RGB (gray stays gray in three channels, transparent
-    parts become white), cut to its central square and resized (bicubic, antialiased). ``image_size`` None:
-    the images' own size if a sample of 100 are squares of one size up to 96 pixels, else 64.
+    An image is turned by its EXIF orientation, made RGB (gray stays gray in three channels, 16 bits become
+    8, transparent parts become white), cut to its central square and resized (bicubic, antialiased).
+    ``image_size`` None: the images' own size if a sample of 100 are squares of one size up to 96 pixels, else 64.
 
     Images that cannot be decoded are left out, each with its label, reported on stderr and listed in a
     file. Raises UserError for a folder without usable images, unreadable files and a disk that is full.
@@ -101,84 +95,6 @@ def load_folder(path: Path, cache: Path, image_size: int | None) -> FolderImages
     return FolderImages(name, open_array(array_path), record["train_images"], labels, tuple(record["classes"]))
 
 
-# What to decode
-
-
-def list_images(path: Path) -> Listing:
-    """Files, splits and labels, the same on every call as long as the folder is."""
-    if not path.is_dir():
-        raise UserError(f"--data folder:{path}: {'not a folder' if path.exists() else 'no such folder'}")
-    held_out = next((part for part in ("test", "val") if (path / part).is_dir()), None)
-    if held_out is None or not (path / "train").is_dir():
-        return label_and_split(path, walk(path), 0)
-    train, test = walk(path, "train/"), walk(path, "test/" if held_out == "test" else "val/")
-    directories = first_directories(train, 1)
-    if directories is None:
-        return label_and_split(path, train, 1)
-    test_directories = {file.path.split("/")[1] for file in test if file.path.count("/") > 1}
-    if not test or any(file.path.count("/") < 2 for file in test):
-        print(f"{path / held_out} has no labelled images: a tenth of {path / 'train'} is held out instead")
-        return label_and_split(path, train, 1)
-    if unknown := sorted(test_directories - set(directories)):
-        raise UserError(f"class {unknown[0]!r} of {path / held_out} is not among those of {path / 'train'}")
-    number = {name: label for label, name in enumerate(directories)}
-    labels = [number[file.path.split("/")[1]] for file in train + test]
-    return Listing(train + test, len(train), labels, tuple(directories))
-
-
-def label_and_split(path: Path, files: list[ImageFile], level: int) -> Listing:
-    """Labels from the directories at ``level``, and a fixed tenth of every class at the end as test split."""
-    if not files:
-        raise UserError(f"--data folder:{path}: no images there ({' '.join(IMG_EXTENSIONS)})")
-    directories = first_directories(files, level)
-    if directories is None or len(directories) == len(files):  # one image each: folders, but no classes
-        print(f"{path} is taken as unlabelled: its images do not all lie in two or more class folders", flush=True)
-        return Listing(files, len(files), None, ())
-    train: list[tuple[ImageFile, int]] = []
-    test: list[tuple[ImageFile, int]] = []
-    members_of: dict[str, list[ImageFile]] = {name: [] for name in directories}
-    for file in files:
-        members_of[file.path.split("/")[level]].append(file)
-    for label, members in enumerate(members_of.values()):
-        # The order of a hash is as good as random, needs no generator and hardly changes with new files.
-        by_hash = sorted(members, key=lambda file: hashlib.sha256(os.fsencode(file.path)).digest())
-        count = max(1, round(len(members) / HELD_OUT)) if len(members) > 1 else 0
-        chosen = set(by_hash[:count])
-        test += [(file, label) for file in members if file in chosen]
-        train += [(file, label) for file in members if file not in chosen]
-    ordered = train + test
-    return Listing([f for f, _ in ordered], len(train), [label for _, label in ordered], tuple(directories))
-
-
-def first_directories(files: list[ImageFile], level: int) -> list[str] | None:
-    """Sorted names of the directories at ``level``; None if they are fewer than two or not every image's."""
-    if any(file.path.count("/") <= level for file in files):
-        return None
-    names = sorted({file.path.split("/")[level] for file in files})
-    return names if len(names) > 1 else None
-
-
-def walk(root: Path, below: str = "") -> list[ImageFile]:
-    """All image files below root/below by path; a link to a folder that we are in is not entered again."""
-
-    def visit(relative: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[ImageFile]:
-        status = os.stat(root / relative)
-        identity = (status.st_dev, status.st_ino)
-        if identity in ancestors:
-            return
-        with os.scandir(root / relative) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                if entry.is_dir():
-                    yield from visit(f"{relative}{entry.name}/", ancestors | {identity})
-                elif entry.name.lower().endswith(IMG_EXTENSIONS):
-                    status = entry.stat()
-                    yield ImageFile(relative + entry.name, status.st_size, status.st_mtime_ns)
-
-    return sorted(visit(below, frozenset()))
-
-
 def unreadable(error: OSError, path: Path) -> UserError:
     return UserError(f"cannot read {error.filename or path}: {error.strerror}")
 
@@ -188,8 +104,9 @@ def own_size(path: Path, files: list[ImageFile]) -> int:
     sizes = set()
     for file in files[:: max(1, len(files) // 100)][:100]:  # evenly spaced, so of all classes
         try:
-            with Image.open(path / file.path) as image:
-                sizes.add(image.size)
+            if (path / file.path).is_file():  # a pipe would be waited for
+                with Image.open(path / file.path) as image:
+                    sizes.add(image.size)
         except Exception:  # decoding will report it
             continue
     if len(sizes) == 1:
@@ -209,9 +126,11 @@ def decode(path: Path, size: int) -> bytes | str:
     An error of the file system is raised instead: it says nothing about the image, and must not be cached.
     """
     try:
-        with Image.open(path) as image:
-            image.draft(None, (2 * size, 2 * size))  # JPEG: skip the detail that resizing would drop
-            ImageOps.exif_transpose(image, in_place=True)
+        if not path.is_file():
+            return "not a file, or a link to nothing"
+        with Image.open(path) as file:
+            file.draft(None, (2 * size, 2 * size))  # JPEG: skip the detail that resizing would drop
+            image = upright(file)
             side = min(image.size)
             left, top = (image.width - side) / 2, (image.height - side) / 2
             box = (left, top, left + side, top + side)
@@ -225,9 +144,24 @@ def decode(path: Path, size: int) -> bytes | str:
         return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turned by its orientation alone: ImageOps.exif_transpose rewrites all tags, and stumbles over a malformed one."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # tags that cannot be read at all
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip instead of scale
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values = np.asarray(image)  # which Pillow would clip instead of scale
+        if 0 < values.max() < 4096:
+            raise ValueError("16 bits a pixel, of which at most 12 are used: scale them to 16 or to 8")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode[0] in "IF":
+        kind = "floats" if image.mode[0] == "F" else "32-bit integers"
+        raise ValueError(f"{kind}, whose range the file does not say: scale them to 16 or to 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
