@@ -84,8 +84,8 @@ struct Call {
                      ids->scalar_type());
     TORCH_CHECK_VALUE(ids->dim() == 1 && ids->size(0) == rows, "pairwise_bce: ", name, " must be [", rows, "], got ",
                       ids->sizes());
-    TORCH_CHECK_VALUE(ids->device() == x.device(), "pairwise_bce: ", name, " must be on ", x.device(),
-                      " like x, got ", ids->device());
+    TORCH_CHECK_VALUE(ids->device() == x.device(), "pairwise_bce: ", name, " must be on ", x.device(), " like x, got ",
+                      ids->device());
   }
 };
 
