@@ -5,6 +5,7 @@
 """
 
 import importlib.util
+import os
 import platform
 import sys
 
@@ -52,3 +53,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except RuntimeError as error:  # MIO_CPU_ISA names what the machine cannot run
         sys.exit(str(error))
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
