@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op ``mio_ext::pairwise_bce`` as Python sees it: its call, fake implementation, autograd.
 
-The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/pairwise_bce_pass.h; backends.py says which implementation
+The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/sweep.h; backends.py says which implementation
 runs. That of its Triton twin ``mio_ext::pairwise_bce_triton`` is in triton/pairwise_bce.py, imported when first called.
 """
 
