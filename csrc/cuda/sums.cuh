@@ -3,7 +3,7 @@
 // atomically: the block that comes last, known by a ticket, adds up what the others wrote.
 #pragma once
 
-#include "pairwise_bce_cuda.h"
+#include "launch.h"
 #include "rows.cuh"
 
 namespace mio_ext {

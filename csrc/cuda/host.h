@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "../check_inputs.h"
-#include "pairwise_bce_cuda.h"
+#include "launch.h"
 
 namespace mio_ext {
 
@@ -73,7 +73,7 @@ inline void run_chunked(const PairwiseBCECuda& problem, const at::Tensor& worksp
     if (problem.dx) product_into(dx.narrow(0, row0, n), g, y.narrow(1, 0, problem.d), false);  // (9)
     if (problem.dy) product_into(dy, g.narrow(1, 0, problem.k).t(), rows.narrow(1, 0, problem.d), row0 > 0);
   }
-  launch_chunked_finish(problem, stream);
+  launch_chunked_project(problem, stream);
 }
 
 // The op; csrc/ops.cpp says what the arguments mean.
