@@ -19,7 +19,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/pairwise_bce_cuda.h"
+#include "cuda/launch.h"
 
 namespace {
 

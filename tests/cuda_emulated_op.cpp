@@ -4,7 +4,7 @@
 // capability 9.0 where there is one. tests/test_cuda.py builds it.
 #include <torch/library.h>
 
-#include "cuda/pairwise_bce_host.h"
+#include "cuda/host.h"
 
 namespace mio_ext {
 namespace {

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/pairwise_bce_cuda.h"
+#include "cuda/launch.h"
 #include "cuda/tile.h"
 #include "double_loop.h"
 

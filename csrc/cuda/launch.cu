@@ -200,7 +200,7 @@ void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int r
   with_chunked(problem.arithmetic, [&](auto launch) { launch.terms(terms, stream); });
 }
 
-void launch_chunked_finish(const PairwiseBCECuda& problem, Stream stream) {
+void launch_chunked_project(const PairwiseBCECuda& problem, Stream stream) {
   const Workspace work(problem);
   ChunkProjection project{};
   project.rows = work.x, project.cols = work.y;

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "chunked.cuh"
-#include "pairwise_bce_cuda.h"
+#include "launch.h"
 #include "sweep.cuh"
 
 namespace mio_ext {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA implementation of the op: what pairwise_bce_host.h does, on the features' device and its stream.
+// CUDA implementation of the op: what host.h does, on the features' device and its stream.
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "pairwise_bce_host.h"
+#include "host.h"
 
 namespace mio_ext {
 namespace {

@@ -7,7 +7,7 @@
 // float16's.
 #pragma once
 
-#include "pairwise_bce_cuda.h"
+#include "launch.h"
 #include "rows.cuh"
 
 namespace mio_ext {

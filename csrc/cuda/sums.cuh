@@ -3,7 +3,7 @@
 // atomically: the block that comes last, known by a ticket, adds up what the others wrote.
 #pragma once
 
-#include "pairwise_bce_cuda.h"
+#include "launch.h"
 #include "rows.cuh"
 
 namespace mio_ext {
@@ -74,17 +74,8 @@ struct Results {
 
 MIO_DEVICE void write_results(const Results& out, const PairSums& s) {
   const LossParams params = read_params(out.constants, out.params);
-  const ClassSums &p = s.positive, &n = s.negative;
   *out.loss = float(params.loss(s));
-  const double stats[8] = {p.count,
-                           n.count,
-                           p.softplus / p.count,
-                           n.softplus / n.count,
-                           p.product / p.count,
-                           n.product / n.count,
-                           1 - p.sigmoid / p.count,
-                           n.sigmoid / n.count};
-  for (int i = 0; i < 8; ++i) out.stats[i] = stats[i];
+  s.statistics(out.stats);
   if (!out.dparams) return;
   double gradient[6];
   params.gradient(s, gradient);

@@ -86,6 +86,6 @@ void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream);
 // products [n, k_pad] of rows row0 to row0 + n - 1 become G in the features' type: row i begins where it did. dx
 // [M, D] is then G times y, and dy [K, D] its transpose times x, summed over chunks.
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream);
-void launch_chunked_finish(const PairwiseBCECuda& problem, Stream stream);
+void launch_chunked_project(const PairwiseBCECuda& problem, Stream stream);
 
 }  // namespace mio_ext

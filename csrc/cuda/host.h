@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "../call.h"
-#include "pairwise_bce_cuda.h"
+#include "launch.h"
 
 namespace mio_ext {
 
@@ -68,7 +68,7 @@ inline void run_chunked(const PairwiseBCECuda& problem, const at::Tensor& worksp
     if (problem.dx) product_into(dx.narrow(0, row0, n), g, y.narrow(1, 0, problem.d), false);  // (9)
     if (problem.dy) product_into(dy, g.narrow(1, 0, problem.k).t(), rows.narrow(1, 0, problem.d), row0 > 0);
   }
-  launch_chunked_finish(problem, stream);
+  launch_chunked_project(problem, stream);
 }
 
 inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopper, int64_t chunk_bytes,
