@@ -74,7 +74,7 @@ def shapes() -> dict[str, Shape]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "tiles"
         source = ROOT / "benchmarks" / "cuda_tiles.cpp"
-        run("c++", "-std=c++20", "-I", ROOT / "csrc", "-I", ROOT / "tests", "-o", program, source)
+        run("c++", "-std=c++20", "-I", ROOT / "csrc", "-I", ROOT / "tests" / "native", "-o", program, source)
         lines = run(program).splitlines()
     return {name: Shape(*map(int, numbers)) for name, *numbers in (line.split("|") for line in lines)}
 

@@ -117,7 +117,7 @@ def correctness(capability: str, output: Path) -> list[Part]:
         name = f"bench-{n // 1024}k-{d}"
         found.append(Part(name, f"microbenchmark at N = {n:,}, D = {d}", 20, command, missing=without(bench)))
     for backend in ("cuda", "triton"):
-        files = ("tests/test_backends_gpu.py", f"tests/test_{backend}_gpu.py")
+        files = ("tests/package/test_backends_gpu.py", f"tests/package/test_{backend}_gpu.py")
         select = "triton" if backend == "triton" else "not triton and not sanitizer"
         found.append(pytest_part(f"tests-{backend}", f"GPU tests of the {backend} backend", 120, files, select, output))
     return found
@@ -165,7 +165,9 @@ def sanitizers(output: Path) -> list[Part]:
     """Last: they are slow, and racecheck may hang."""
     found = []
     for tool in ("memcheck", "racecheck"):
-        part = pytest_part(tool, f"compute-sanitizer --tool {tool}", 130, ("tests/test_cuda_gpu.py",), tool, output)
+        part = pytest_part(
+            tool, f"compute-sanitizer --tool {tool}", 130, ("tests/package/test_cuda_gpu.py",), tool, output
+        )
         found.append(part._replace(missing=without("compute-sanitizer")))
     return found
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instructions of compute capability 9.0 that mma.cuh has not, one thin wrapper each: matrix products by four warps
 // at a time from shared memory, copies that an mbarrier counts, and barriers of some of a block's warps. Compiled by a
-// C++ compiler they are tests/hopper_emulator.h.
+// C++ compiler they are tests/native/hopper_emulator.h.
 #pragma once
 
 #include "../pairwise_bce.h"

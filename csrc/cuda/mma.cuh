@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The few instructions the kernels are made of, one thin wrapper each. Compiled by nvcc they are PTX;
-// compiled by a C++ compiler they are tests/cuda_emulator.h, which runs the same kernels on the CPU.
+// compiled by a C++ compiler they are tests/native/cuda_emulator.h, which runs the same kernels on the CPU.
 //
 // Shared memory is addressed by 32-bit numbers, as the instructions do.
 #pragma once

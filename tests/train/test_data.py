@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from train import data as data_module
 from train.data import ImageData, Split, load_data, prefetch

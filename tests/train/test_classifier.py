@@ -13,7 +13,7 @@ from torch import nn
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import classifier
 from train.classifier import FINETUNE, V1, train_classifier
 from train.data import Split

@@ -3,7 +3,7 @@
 
 The interpreter is chosen when Triton is imported, for a whole process. So these tests run in a process of
 their own, which test_in_the_interpreter starts: `pytest tests` needs no environment variable, and no other
-test sees an interpreted kernel. To run one by hand: TRITON_INTERPRET=1 pytest tests/test_triton.py -k name
+test sees an interpreted kernel. To run one by hand: TRITON_INTERPRET=1 pytest tests/package/test_triton.py -k name
 """
 
 import importlib.metadata
@@ -58,7 +58,7 @@ def tf32():
 )
 def test_in_the_interpreter(file, part):
     result = run_python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / file), "-k", part,
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "package" / file), "-k", part,
         env={"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:]

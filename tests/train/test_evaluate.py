@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import evaluate, export, pretrain
 
 

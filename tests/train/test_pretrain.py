@@ -22,7 +22,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train" / "pretrain.py"
 sys.path.insert(0, str(ROOT))
 import mio_ext

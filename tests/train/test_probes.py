@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import features as frozen
 from train import probes
 from train.data import load_digits

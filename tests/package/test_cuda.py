@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend without a GPU: what it says, and its host code on CPU tensors, with the kernels in an emulator.
 
-The kernels' own test is tests/pairwise_bce_cuda_test.cpp.
+The kernels' own test is tests/native/pairwise_bce_cuda_test.cpp.
 """
 
 import re
@@ -45,7 +45,7 @@ def emulated_ops():
     """The op in the emulator, with each of its kernels; chunks are of 128 rows."""
     folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [ROOT / "tests" / "cuda_emulated_op.cpp"]
+    sources = [ROOT / "tests" / "native" / "cuda_emulated_op.cpp"]
     for kernel in sorted((ROOT / "csrc" / "cuda").rglob("*.cu")):
         source = folder / f"{kernel.stem}.cpp"
         text = f'#include "{kernel.relative_to(ROOT / "csrc")}"\n'
@@ -57,7 +57,7 @@ def emulated_ops():
         [str(source) for source in sources],
         # The emulator's fibers jump between stacks, which _FORTIFY_SOURCE takes for an attack.
         extra_cflags=["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"],
-        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests")],
+        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests" / "native")],
         build_directory=str(folder),
         is_python_module=False,
     )

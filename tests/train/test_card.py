@@ -13,7 +13,7 @@ import torch
 torchvision = pytest.importorskip("torchvision")
 pytest.importorskip("safetensors.torch")
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import card, evaluate, pretrain
 
 OPTIONS = ["--batch-size", "16", "--device", "cpu", "--log-every", "1", "--knn-every", "0", "--no-evaluate"]

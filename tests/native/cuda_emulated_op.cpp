@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA backend's host code on CPU tensors, with its kernels in cuda_emulator.h: mio_ext_emulated::portable is
 // mio_ext::pairwise_bce, with chunks of few bytes and few multiprocessors; ::hopper takes the kernel for compute
-// capability 9.0 where there is one. tests/test_cuda.py builds it.
+// capability 9.0 where there is one. tests/package/test_cuda.py builds it.
 #include <torch/library.h>
 
 #include "cuda/host.h"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torchvision")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import pretrain
 from train.config import RUN_OPTIONS, Config, load_config, make_parser, parse_arguments, preset_names
 from train.errors import UserError

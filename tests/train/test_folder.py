@@ -18,7 +18,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from train import folder, listing
 from train.data import ImageData, load_data

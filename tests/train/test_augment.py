@@ -13,7 +13,7 @@ torchvision = pytest.importorskip("torchvision")
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train.augment import Preprocess, ViewParameters, ViewRanges, apply_parameters, draw_parameters
 
 
