@@ -165,9 +165,8 @@ def sanitizers(output: Path) -> list[Part]:
     """Last: they are slow, and racecheck may hang."""
     found = []
     for tool in ("memcheck", "racecheck"):
-        part = pytest_part(
-            tool, f"compute-sanitizer --tool {tool}", 130, ("tests/package/test_cuda_gpu.py",), tool, output
-        )
+        tests = ("tests/package/test_cuda_gpu.py",)
+        part = pytest_part(tool, f"compute-sanitizer --tool {tool}", 130, tests, tool, output)
         found.append(part._replace(missing=without("compute-sanitizer")))
     return found
 
