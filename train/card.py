@@ -41,7 +41,8 @@ def write_card(folder: Path) -> None:
 
 
 def model_card(folder: Path) -> str:
-    start = next(entry for entry in read_log(folder / LOG) if entry["event"] == "start")
+    # A log that was lost begins with the run's resumption, which says the same.
+    start = next(entry for entry in read_log(folder / LOG) if entry["event"] in ("start", "resume"))
     about, config = read_metadata(folder / ENCODER), start["config"]
     name, source = OBJECTIVES[config["objective"]]
     network = about["backbone"].replace("resnet", "ResNet-")

@@ -346,8 +346,15 @@ def load_config(run: Path) -> Config:
 
 
 def check_same(saved: Config, config: Config, run: Path) -> None:
-    """A resumed run must compute what it would have computed: only options of the group "run" may differ."""
-    names = [n for n in TYPES if n not in RUN_OPTIONS and getattr(saved, n) != getattr(config, n)]
+    """A resumed run must compute what it would have computed: only options of the group "run" may differ, and
+    --epochs where --schedule-epochs says when the learning rate ends."""
+    free = RUN_OPTIONS
+    if saved.schedule_epochs is not None and config.epochs <= saved.schedule_epochs:
+        free |= {"epochs"}  # the learning rate does not depend on it: the run may become longer
+    names = [n for n in TYPES if n not in free and getattr(saved, n) != getattr(config, n)]
     if names:
         diff = "\n".join(f"  {flag(n)}: {getattr(saved, n)} in the run, {getattr(config, n)} now" for n in names)
-        raise UserError(f"{run} was started with other options, so it cannot be resumed with these:\n{diff}")
+        raise UserError(
+            f"{run} was started with other options, so it cannot be resumed with these:\n{diff}\n"
+            f"  free to change: {', '.join(flag(n) for n in sorted(free - {'output', 'resume', 'overwrite'}))}"
+        )

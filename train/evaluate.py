@@ -29,7 +29,7 @@ from train.card import write_card
 from train.config import OneLineParser
 from train.errors import UserError
 from train.features import Features, labelled_features
-from train.run_folder import CARD, write_atomically
+from train.run_folder import CARD, ENCODER, LOG, write_atomically
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = args.run / f"evaluation-{args.protocol}.json"
     content = json.dumps({"protocol": args.protocol, "labels": args.labels, **result}, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(content))
-    if (args.run / CARD).exists():  # the run has ended
+    if missing := [name for name in (LOG, ENCODER) if not (args.run / name).is_file()]:
+        print(f"{args.run / CARD} is not written anew: {' and '.join(missing)} missing")
+    elif (args.run / CARD).exists():  # the run has ended
         write_card(args.run)
     if args.protocol != "linear":
         print(f"{args.protocol}: {next(iter(result.values())):.2f} % of the test images")

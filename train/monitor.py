@@ -153,8 +153,8 @@ def report(
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a number that the loop reads between steps; a second one acts
-    at once.
+    """Turns the first Ctrl-C, SIGTERM or closed terminal (SIGHUP, unless ignored: nohup) into a number that the
+    loop reads between steps; a second one acts at once.
 
     Stopping in the middle of an optimizer step would save a model that never existed.
     """
@@ -163,7 +163,9 @@ class StopRequest:
         self.requested = 0  #: number of the signal
 
     def __enter__(self) -> StopRequest:
-        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self.handle) for number in heard}
         return self
 
     def handle(self, signum: int, frame: FrameType | None) -> None:

@@ -14,12 +14,13 @@ split is scored once, after the last epoch.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,18 @@ if missing := [package for module, package in REQUIRED.items() if importlib.util
 
 from train.assemble import Setup, assemble
 from train.card import write_card
-from train.config import Config, parse_arguments
+from train.config import Config, load_config, parse_arguments
+from train.console import forgiving_streams
 from train.device import is_out_of_disk, is_out_of_memory, versions
 from train.errors import Interrupted, UserError
 from train.export import export_encoder
+from train.probes import can_choose
 from train.processes import ALONE, Processes
 from train.run_folder import (
     CHECKPOINT,
     CONFIG,
     ENCODER,
+    RunLock,
     RunLog,
     create_run_folder,
     has_ended,
@@ -60,12 +64,16 @@ DESCRIPTION = (
 )
 
 
-def open_run(config: Config, setup: Setup) -> tuple[Path, dict[str, Any] | None]:
-    """(the run folder, the checkpoint to go on from)."""
+def open_run(config: Config, setup: Setup, lock: RunLock) -> tuple[Path, dict[str, Any] | None]:
+    """(the run folder, which is ours now, the checkpoint to go on from)."""
     if (folder := config.run_to_resume()) is not None:
+        lock.take(folder)
+        if config.epochs != (saved := load_config(folder)).epochs:  # a run that is lengthened
+            longer = replace(saved, epochs=config.epochs).to_toml()
+            write_atomically(folder / CONFIG, lambda path: path.write_text(longer, encoding="utf-8"))
         return folder, load_checkpoint(folder / CHECKPOINT)
     overwrite = config.overwrite or config.resume == "auto"
-    folder = create_run_folder(config.output, setup.data.name, overwrite)
+    folder = create_run_folder(config.output, setup.data.name, overwrite, lock)
     write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_toml(), encoding="utf-8"))
     return folder, None
 
@@ -76,7 +84,8 @@ def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> Non
         print(config.to_toml(), end="")
         return
     try:
-        pretrain(config, processes, args.dry_run)
+        with RunLock() as lock:
+            pretrain(config, processes, args.dry_run, lock)
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
             raise UserError(f"out of memory: try --batch-size {max(config.batch_size // 2, 2)}") from error
@@ -85,12 +94,19 @@ def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> Non
         raise
 
 
-def pretrain(config: Config, processes: Processes, try_only: bool) -> None:
+def pretrain(config: Config, processes: Processes, try_only: bool, lock: RunLock) -> None:
     setup = assemble(config, processes)
+    if config.warmup_epochs >= config.epochs:
+        reached = config.learning_rate * config.epochs / config.warmup_epochs
+        print(
+            f"warning: the warm-up of {config.warmup_epochs:g} epochs outlasts the run of {config.epochs}: the "
+            f"learning rate ends near {reached:.2g} instead of {config.learning_rate:g} (--warmup-epochs)",
+            flush=True,
+        )
     if try_only:
         dry_run(config, setup)
         return
-    folder, checkpoint = processes.from_first(lambda: open_run(config, setup))
+    folder, checkpoint = processes.from_first(lambda: open_run(config, setup, lock))
     scored = config.evaluate and setup.data.train is not None
     step = 0 if checkpoint is None else checkpoint["step"]
     trained = checkpoint is not None and step >= last_step(config, checkpoint["images"])
@@ -104,6 +120,9 @@ def pretrain(config: Config, processes: Processes, try_only: bool) -> None:
 
     before = None
     if scored and processes.first:
+        assert setup.data.train is not None
+        if not can_choose(setup.data.train.labels):
+            print("no class has two training images: the linear probe will be left out", flush=True)
         before = take_snapshot(setup)
         before = before._replace(features=before.features.to("cpu"))  # training needs the memory
     processes.wait()
@@ -117,7 +136,8 @@ def pretrain(config: Config, processes: Processes, try_only: bool) -> None:
         return
     export_encoder(setup.model.backbone, setup.architecture, folder / ENCODER)
     if before is not None:
-        finish(config, setup, folder, log, before, trainer.times)
+        epoch = math.ceil(trainer.step / trainer.steps_per_epoch)
+        finish(config, setup, folder, log, before, trainer.times, epoch)
     write_card(folder)
     log.close()
     print(f"trained in {trainer.times['seconds']:.0f} s; encoder, log, checkpoint and results are in {folder}")
@@ -147,7 +167,11 @@ def dry_run(config: Config, setup: Setup) -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """``main`` with a user's mistakes as one line and an exit code."""
-    processes = Processes.start()
+    with forgiving_streams():
+        return run_to_the_end(argv, Processes.start())
+
+
+def run_to_the_end(argv: Sequence[str] | None, processes: Processes) -> int:
     try:
         main(argv, processes)
     except UserError as error:

@@ -179,6 +179,11 @@ def linear_probe(
     return LinearResult(accuracy, lr, decay, scores[best][0], edge)
 
 
+def can_choose(labels: Tensor) -> bool:
+    """Whether some class has two samples, one of them to choose the linear probe's settings on."""
+    return int(labels.bincount().max()) > 1
+
+
 def label_budgets(n: int, classes: int) -> tuple[int, ...]:
     """Labels per class of the few-label columns: 1 % and 10 % of ``n`` samples, or 2 and 10 below 5,000."""
     if n < 5000:
@@ -262,7 +267,8 @@ def few_label_accuracy(features: Features, per_class: int, draws: int) -> tuple[
 def evaluate_features(features: Features, *, budgets: Sequence[int], draws: int | None = None) -> dict[str, float]:
     """One row of the table, in percent: linear_<n> and linear_<n>_std per budget, linear_all, knn.
 
-    A budget that the smallest class cannot meet has no column. ``draws`` overrides :func:`draws_for`.
+    A budget that the smallest class cannot meet has no column, nor has linear_all without
+    :func:`can_choose`. ``draws`` overrides :func:`draws_for`.
     """
     counts = features.train_labels.bincount()
     row: dict[str, float] = {}
@@ -270,7 +276,8 @@ def evaluate_features(features: Features, *, budgets: Sequence[int], draws: int 
         if per_class <= int(counts[counts > 0].min()):
             mean, std = few_label_accuracy(features, per_class, draws or draws_for(per_class))
             row[f"linear_{per_class}"], row[f"linear_{per_class}_std"] = 100 * mean, 100 * std
-    row["linear_all"] = 100 * linear_probe(features).accuracy
+    if can_choose(features.train_labels):
+        row["linear_all"] = 100 * linear_probe(features).accuracy
     row["knn"] = 100 * knn_accuracy(features)
     return row
 

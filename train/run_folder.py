@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +27,7 @@ LOG, METRICS_TABLE, CONFIG, CHECKPOINT, RESULTS = (
     "results.json",
 )
 LOSS_PLOT, COSINE_PLOT, EMBEDDING_PLOT = "loss.png", "cosines.png", "embedding.png"
-ENCODER, CARD = "encoder.safetensors", "README.md"
+ENCODER, CARD, LOCK = "encoder.safetensors", "README.md", ".lock"
 TENSORBOARD = "events.out.tfevents.*"
 ANALYSIS_PAGE, ANALYSIS_DATA = "analysis.md", "analysis.json"
 ANALYSIS_PLOTS = tuple(f"analysis-{name}.png" for name in ("training", "cosines", "displacement", "toy"))
@@ -34,31 +37,79 @@ RUN_FILES = (
 )
 
 
-def create_run_folder(output: str | None, name: str, overwrite: bool) -> Path:
+class RunLock:
+    """Keeps a run folder for one process; the system lets go of it when the process ends, however that is."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.descriptor = -1
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def take(self, folder: Path) -> None:
+        """Raises UserError, with the holder, where another process has it."""
+        path = folder / LOCK
+        try:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot use the run folder {folder}: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(self.descriptor, 1000).decode(errors="replace").strip()
+            os.close(self.descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # a file system without locks
+            raise UserError(f"{folder} is in use by {holder or 'another process'}: wait for it, or stop it") from error
+        if not path.exists() or path.stat().st_ino != os.fstat(self.descriptor).st_ino:
+            os.close(self.descriptor)  # its last owner has just taken the file away
+            return self.take(folder)
+        self.path = path
+        os.ftruncate(self.descriptor, 0)
+        os.write(self.descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        for left in folder.glob(f"{CHECKPOINT}.*.tmp"):  # by a kill while it was written
+            left.unlink(missing_ok=True)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self.descriptor)
+
+
+def create_run_folder(output: str | None, name: str, overwrite: bool, lock: RunLock | None = None) -> Path:
     """Make the folder of a run; a folder that holds anything is refused unless ``overwrite``.
 
     Without ``output`` it is runs/<name>-<date>-<time>, with a counter where two runs share a second.
     """
-    if output is None:
-        stem, counter = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", 1
-        folder = Path("runs") / stem
-        while folder.exists():
-            counter += 1
-            folder = Path("runs") / f"{stem}-{counter}"
-    else:
-        folder = Path(output)
     try:
-        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        folder = new_folder(name) if output is None else Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            lock.take(folder)
+        if not overwrite and any(path.name != LOCK for path in folder.iterdir()):
             raise UserError(
                 f"--output {folder} is not empty: choose another folder, --resume {folder} to go on, or --overwrite"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         stale = [folder / name for name in RUN_FILES]  # old results beside a new log would mislead
         for path in [*stale, *folder.glob(TENSORBOARD), *folder.glob("evaluation-*.json")]:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot use the run folder {folder}: {error.strerror or error}") from error
     return folder
+
+
+def new_folder(name: str) -> Path:
+    """Made here and by nobody else: runs that start in the same second get different ones."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for counter in range(1, 10_000):
+        folder = Path("runs") / (stem if counter == 1 else f"{stem}-{counter}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise UserError(f"runs/ is full of runs named {stem}: pass --output")
 
 
 def has_ended(folder: Path, scored: bool) -> bool:
@@ -124,14 +175,19 @@ def tensorboard_writer(folder: Path, purge_step: int | None) -> Any:
     """Writes the event file of one process; TensorBoard hides what earlier ones logged from ``purge_step`` on."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
     except ImportError:
         print("nothing for TensorBoard: pip install tensorboard", file=sys.stderr)
-        return None
-    return SummaryWriter(str(folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
+    except Exception as error:  # protobuf and TensorFlow raise many kinds
+        print(f"nothing for TensorBoard: {first_line(error)}", file=sys.stderr)
+    return None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a log; a last line that a kill cut off is dropped."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -141,9 +197,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def first_line(error: Exception) -> str:
+    """An exception as part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary path)``, then put the file in place: readers see the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Call ``write(temporary path)``, then put the file in place: readers see the old or the new one.
+
+    Two processes that do so at once do not meet: the last one to end wins.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb") as file:

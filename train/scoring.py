@@ -15,7 +15,7 @@ from train.assemble import Setup
 from train.config import Config
 from train.features import Features, PairCosines, extract_features, labelled_features, pair_cosines, pixel_features
 from train.probes import evaluate_features, format_table, label_budgets
-from train.run_folder import COSINE_PLOT, EMBEDDING_PLOT, LOSS_PLOT, RESULTS, RunLog, write_atomically
+from train.run_folder import COSINE_PLOT, EMBEDDING_PLOT, LOSS_PLOT, RESULTS, RunLog, first_line, write_atomically
 
 
 class Snapshot(NamedTuple):
@@ -37,12 +37,20 @@ def take_snapshot(setup: Setup) -> Snapshot:
 
 
 def save_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot, folder: Path) -> None:
+    """A picture is a comfort: where matplotlib is missing or cannot draw, a line says so."""
     try:
-        from train import plots
+        draw_plots(history, before, after, folder)
     except ImportError as error:
         print(f"no plots: {error} (pip install matplotlib)", file=sys.stderr)
-        return
-    plots.plot_loss(history, folder / LOSS_PLOT)
+    except Exception as error:  # a backend that is none, LaTeX that is missing
+        print(f"not all plots could be drawn: {first_line(error)}", file=sys.stderr)
+
+
+def draw_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot, folder: Path) -> None:
+    from train import plots
+
+    if history:
+        plots.plot_loss(history, folder / LOSS_PLOT)
     if len(after.features.test) < 3:
         return  # no pairs of images, or nothing to arrange
     plots.plot_cosines(before.cosines, after.cosines, folder / COSINE_PLOT)
@@ -50,7 +58,9 @@ def save_plots(history: list[dict[str, Any]], before: Snapshot, after: Snapshot,
     plots.plot_embedding(features, labels, folder / EMBEDDING_PLOT)
 
 
-def finish(config: Config, setup: Setup, folder: Path, log: RunLog, before: Snapshot, times: dict[str, float]) -> None:
+def finish(
+    config: Config, setup: Setup, folder: Path, log: RunLog, before: Snapshot, times: dict[str, float], epoch: int
+) -> None:
     """Score the encoder beside raw pixels and itself untrained, and draw the plots."""
     data = setup.data
     assert data.train is not None and data.test is not None
@@ -65,7 +75,6 @@ def finish(config: Config, setup: Setup, folder: Path, log: RunLog, before: Snap
     log.write("results", rows=rows, **times)
     results = json.dumps({"rows": rows, **times, "config": asdict(config)}, indent=2)
     write_atomically(folder / RESULTS, lambda path: path.write_text(results + "\n"))
-    epoch = log.history[-1]["epoch"]
     n = len(after.features.test)
     print(format_table(rows, f"accuracy in % on {n} held-out test images, after epoch {epoch}"), flush=True)
     save_plots(log.history, before, after, folder)

@@ -159,7 +159,10 @@ class Trainer:
                         save_checkpoint(self.folder / CHECKPOINT, self.state())
                 self.online_knn(progress)
                 if stopped:
-                    raise Interrupted(stopped, f"checkpoint of step {self.step} saved in {self.folder}")
+                    raise Interrupted(
+                        stopped,
+                        f"checkpoint of step {self.step} saved in {self.folder}; --resume {self.folder} goes on",
+                    )
 
     def online_knn(self, progress: Progress) -> None:
         """k-NN every few epochs: a tenth of the train split's images, looked up in the others."""

@@ -20,7 +20,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from train import pretrain
-from train.run_folder import RunLog, save_checkpoint, write_atomically
+from train.run_folder import RunLog, create_run_folder, save_checkpoint, write_atomically
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = ROOT / "train" / "pretrain.py"
@@ -31,7 +31,7 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_the_checkpoint_and_ends_the_run(number, code, tmp_path):
     command = [sys.executable, "-u", str(SCRIPT), *SMALL, "--log-every", "1", "--output", str(tmp_path)]
     process = subprocess.Popen(
@@ -167,3 +167,83 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
     write_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from train.run_folder import RunLock
+lock = RunLock()
+lock.take(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_run_folder_has_one_owner(tmp_path, fast_probes, capsys):
+    """A second process is told who has it; a killed owner leaves nothing to clear away."""
+    run = tmp_path / "run"
+    assert pretrain.run([*SMALL, "--limit-steps", "1", "--output", str(run)]) == 0
+    log = (run / "log.jsonl").read_bytes()
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, run], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert owner.stdout.readline() == "held\n"
+        capsys.readouterr()
+        for arguments in (["--resume", str(run)], [*SMALL, "--overwrite", "--output", str(run)]):
+            assert pretrain.run([*arguments, "--limit-steps", "2"]) == 2
+            assert f"{run} is in use by process {owner.pid} on " in capsys.readouterr().err
+        assert (run / "log.jsonl").read_bytes() == log
+    finally:
+        owner.kill()
+        owner.wait()
+    (run / "checkpoint.pt.1.tmp").touch()  # a kill while it was written
+    assert pretrain.run(["--resume", str(run), "--limit-steps", "2"]) == 0
+    assert not list(run.glob("*.tmp"))
+
+
+def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.run_folder.time.strftime", lambda form: "now")
+    folders = {create_run_folder(None, "digits", False) for _ in range(3)}
+    assert {folder.name for folder in folders} == {"digits-now", "digits-now-2", "digits-now-3"}
+
+
+def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
+    """The other one's temporary file is not ours: evaluations at once used to end in FileNotFoundError."""
+    path = tmp_path / "evaluation-knn.json"
+
+    def meanwhile(temporary: Path) -> None:
+        temporary.write_text("ours")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: -1)
+            write_atomically(path, lambda other: other.write_text("theirs"))
+
+    write_atomically(path, meanwhile)
+    assert path.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_goes_on_without_its_log(tmp_path, fast_probes, capsys):
+    run = tmp_path / "run"
+    assert pretrain.run([*SMALL, "--limit-steps", "2", "--output", str(run)]) == 0
+    for name in ("log.jsonl", "README.md", "encoder.safetensors"):
+        (run / name).unlink()
+    assert pretrain.run(["--resume", str(run), "--limit-steps", "2"]) == 0, capsys.readouterr().err
+    assert "pre-trained on digits with MIO" in (run / "README.md").read_text()
+    assert (run / "encoder.safetensors").exists()
+
+
+def test_a_run_may_become_longer_where_its_schedule_says_when_it_ends(tmp_path, capsys):
+    run, common = tmp_path / "run", [*SMALL, "--no-evaluate", "--knn-every", "0"]
+    big = ["--batch-size", "512", "--device", "cpu", "--no-evaluate", "--knn-every", "0", "--warmup-epochs", "0"]
+    assert pretrain.run([*big, "--epochs", "1", "--schedule-epochs", "3", "--output", str(run)]) == 0
+    assert pretrain.run(["--resume", str(run), "--epochs", "2"]) == 0, capsys.readouterr().err
+    assert pretrain.run(["--resume", str(run)]) == 0
+    assert "complete after step 4" in capsys.readouterr().out
+    assert pretrain.run(["--resume", str(run), "--epochs", "4"]) == 2  # beyond the schedule
+    fixed = tmp_path / "fixed"
+    assert pretrain.run([*common, "--limit-steps", "1", "--output", str(fixed)]) == 0
+    capsys.readouterr()
+    assert pretrain.run(["--resume", str(fixed), "--epochs", "40"]) == 2
+    error = capsys.readouterr().err
+    assert "--epochs: 30 in the run, 40 now" in error and "free to change: --compile, --data-root, --device" in error

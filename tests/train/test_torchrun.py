@@ -139,7 +139,7 @@ def test_all_processes_stop_after_the_same_step_and_go_on(pool, tmp_path, capsys
     common = [*SMALL, "--limit-steps", "4", "--log-every", "2"]
     results = pool.run(train_on_a_rank, [*common, "--output", str(parts)], 2)
     for _, ended in results:
-        assert ended == (signal.SIGTERM, f"checkpoint of step 2 saved in {parts}")
+        assert ended == (signal.SIGTERM, f"checkpoint of step 2 saved in {parts}; --resume {parts} goes on")
     assert torch.load(parts / "checkpoint.pt", weights_only=True)["step"] == 2
     pool.run(train_on_a_rank, ["--resume", str(parts)])
     pool.run(train_on_a_rank, [*common, "--output", str(whole)])
