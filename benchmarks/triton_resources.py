@@ -113,7 +113,12 @@ def other_entries() -> list[Entry]:
             block_d = 1 << (width - 1).bit_length()
             shape = {"WIDTH": width, "BLOCK_D": block_d, "ROWS": max(1, min(16, 4096 // block_d))}
             shape |= {"NORMALIZE": True, "PRODUCT": product}
-            prepare = shape | {"FIRST": True, "HAS_PARAMS": dtype == "fp64", "COEF_SCALE": 1.0, "GRADIENT_TIMES": 2.0}
+            prepare = shape | {
+                "FIRST": True,
+                "HAS_PARAMS": dtype == "fp64",
+                "COEFFICIENT_LIFT": 1.0,
+                "GRADIENT_TIMES": 2.0,
+            }
             what = f"{product}, D = {width}" if product == "fp16x3" else f"D = {width}"
             entries.append(Entry("prepare_kernel", capability, dtype, prepare, 4, 3, what))
             if product is not None:
