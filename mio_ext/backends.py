@@ -93,7 +93,7 @@ def choose_backend(op: str, backend: str, features: Tensor) -> str:
     if backend == "auto" and device.type == "cpu" and extension is not None:
         return "cpu"
     if backend == "auto":
-        backend = "cpu" if device.type == "cpu" else _auto(device, features.dtype, bool(features.shape[1] > WIDE))
+        backend = "cpu" if device.type == "cpu" else _auto(device, features.dtype, _is_wide(features))
     elif backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
@@ -106,6 +106,13 @@ def choose_backend(op: str, backend: str, features: Tensor) -> str:
     if backend in ("cuda", "triton") and device.type != "cuda" and not (backend == "triton" and interpreted()):
         raise ValueError(f"{op}: backend {backend!r} needs features on a CUDA GPU, got {device}")
     return backend
+
+
+def _is_wide(features: Tensor) -> bool:
+    # A branch, so that it is a constant where the compiler does not know the width.
+    if features.shape[1] > WIDE:  # noqa: SIM103
+        return True
+    return False
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

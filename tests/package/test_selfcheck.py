@@ -243,11 +243,13 @@ def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
     monkeypatch.setattr(backends, "auto_on_gpu", lambda _, cell: backends.Choice(found[cell], "verified on this GPU"))
 
     def chosen(x):
-        backend = backends._auto(torch.device("cuda", 0), x.dtype, x.shape[1] > 256)
+        backend = backends._auto(torch.device("cuda", 0), x.dtype, backends._is_wide(x))
         return x + {"triton": 1, "reference": 2}[backend]
 
     x = torch.zeros(2, 3)
-    assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager")(x), x + 1)
+    for dynamic in (False, True):
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager", dynamic=dynamic)(x), x + 1)
 
 
 def test_scripts_check_what_they_need_once(gpu, monkeypatch):
