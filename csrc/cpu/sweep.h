@@ -95,10 +95,13 @@ class Sweep {
     return distances;
   }
 
+  // A function: GCC compiles a lambda of this form without the instruction set it stands among.
+  static Vec nothing(int64_t) { return Vec{}; }
+
   double project_beside_partner(Layout& rows, const Layout& others, int64_t i, T* out) const {
     const int64_t partner = positive(rows, i);
     if (partner < 0) {
-      project_row(rows, i, [](int64_t) { return Vec{}; }, out);
+      project_row(rows, i, nothing, out);
       return 0;
     }
     const T pull = rows.pull.data()[i];
