@@ -44,7 +44,8 @@ class Cell(NamedTuple):
 
 CELLS = [Cell(d, w) for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64) for w in (False, True)]
 
-#: What ``auto`` takes on GPUs that we have measured, by compute capability; benchmarks/results/ holds the figures.
+#: What ``auto`` takes on GPUs that we have measured, by compute capability; benchmarks/results/ holds the figures, and
+#: says of which commit.
 AUTO: dict[tuple[int, int], dict[Cell, str]] = {
     (9, 0): {cell: "cuda" for cell in CELLS if cell.dtype != torch.float64},
 }
@@ -90,8 +91,6 @@ def choose_backend(op: str, backend: str, features: Tensor) -> str:
         RuntimeError: the backend cannot run here.
     """
     device = features.device
-    if backend == "auto" and device.type == "cpu" and extension is not None:
-        return "cpu"
     if backend == "auto":
         backend = "cpu" if device.type == "cpu" else _auto(device, features.dtype, _is_wide(features))
     elif backend not in BACKENDS:

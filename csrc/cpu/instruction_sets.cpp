@@ -125,11 +125,11 @@ PairSums pairwise_bce_on_threads(const PairwiseBCE<T>& problem, int threads, con
 }
 
 // A small problem is done in the time that another thread may take to be given a core, and the call returns no sooner
-// than that thread. So: one for every 2^24 pairs times features (docs/performance.md).
+// than that thread. So: one for every 2^23 pairs times features (docs/performance.md).
 template <typename T>
 PairSums pairwise_bce_cpu(const PairwiseBCE<T>& p, int threads, const ParallelFor& parallel) {
   const double products = double(p.m) * double(p.k) * double(p.d) / (p.y == nullptr ? 2 : 1);
-  return pairwise_bce_on_threads(p, int(std::clamp(products / (1 << 24), 1.0, double(threads))), parallel);
+  return pairwise_bce_on_threads(p, int(std::clamp(products / (1 << 23), 1.0, double(threads))), parallel);
 }
 
 template PairSums pairwise_bce_on_threads(const PairwiseBCE<float>&, int, const ParallelFor&);
