@@ -123,14 +123,14 @@ def test_folders_without_images_are_refused(tmp_path, monkeypatch):
 
 def test_an_unreadable_file_stops_instead_of_being_cached(tmp_path, monkeypatch):
     root = make_classes(tmp_path / "pets", 2)
-    opened = Image.open
+    opened = Path.open
 
-    def fail(path):
+    def fail(path, *mode, **options):
         if path.name == "01.png":
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path)
+        return opened(path, *mode, **options)
 
-    monkeypatch.setattr(folder.Image, "open", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(UserError, match=r"cannot read .*01.png: Permission denied"):
         load(root)
     assert not list((tmp_path / "root" / "cache").iterdir())
