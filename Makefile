@@ -7,11 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help pretrain test build lint format hook cpp package bench bench-check gpu-check clean
+.PHONY: help pretrain test kill build lint format hook cpp package bench bench-check gpu-check clean
 
 help:
 	@echo "make pretrain   set up, build, and pre-train on the default data (ARGS='--epochs 5' adds options)"
 	@echo "make test       set up for development, build, and run the test suite"
+	@echo "make kill       kill a small training 50 times, fill its disk, and see that nothing is lost; 2 minutes"
 	@echo "make build      the set-up alone: $(VENV) and the extension in place"
 	@echo "make lint       ruff, clang-format and mypy        make format   let them mend what they can"
 	@echo "make hook       have git run make lint before each commit"
@@ -50,6 +51,9 @@ pretrain: build
 
 test: $(VENV)/installed-dev build
 	$(BIN)/python -m pytest $(ARGS)
+
+kill: build
+	$(BIN)/python tests/train/kill.py $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -59,7 +59,7 @@ def assemble(config: Config, processes: Processes = ALONE, keep: bool = True) ->
     if config.batch_size > len(data.pretrain):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.pretrain)} training images")
     mean, std = data.mean_std()
-    size = config.image_size or data.size
+    size = config.image_size or data.image_size or data.size
     stem = resolve_stem(config.stem, size)
     torch.manual_seed(config.seed)
     model = build_model(config.backbone, data.channels, stem, config.projector, config.stem_padding).to(device)

@@ -53,6 +53,7 @@ class ImageData:
     train: Split | None  #: for the probes; its images are a view of the first ones of ``pretrain`` or apart
     test: Split | None  #: held out, scored once; both splits are None where the data has no labels
     classes: tuple[str, ...] = ()  #: names by label
+    image_size: int | None = None  #: pixels per side for the network, where that is not the stored size
     content: str = ""  #: a key: equal for equal images, labels and splits, wherever they are
 
     @property
@@ -242,7 +243,7 @@ def load_image_folder(path: Path, root: Path | None, image_size: int | None) -> 
     if folder.labels is not None:
         train = Split(pretrain, folder.labels[: folder.train_images])
         test = Split(test_images, folder.labels[folder.train_images :])
-    return ImageData(folder.name, pretrain, train, test, folder.classes, folder.content)
+    return ImageData(folder.name, pretrain, train, test, folder.classes, folder.image_size, folder.content)
 
 
 def prefetch(images: Tensor, indices: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:

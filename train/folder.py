@@ -35,6 +35,7 @@ from train.progress import counting
 
 FORMAT = 3  #: part of the cache key: raise it when decoding or the files of the cache change
 LARGEST_OWN_SIZE, DEFAULT_SIZE = 96, 64  #: pixels
+DETAIL = 2  #: images are stored so many times larger than the network sees them: a crop of a quarter loses nothing
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,7 +53,8 @@ class FolderImages:
     """Decoded images, those of the train split first."""
 
     name: str  #: folder-<name of the folder>
-    images: Tensor  #: [n, 3, size, size] uint8, in memory or a read-only memory map
+    images: Tensor  #: [n, 3, stored, stored] uint8, in memory or a read-only memory map
+    image_size: int  #: pixels per side for the network
     train_images: int  #: how many of them are not held out
     labels: Tensor | None  #: [n] int64
     classes: tuple[str, ...]
@@ -60,7 +62,7 @@ class FolderImages:
 
 
 def load_folder(path: Path, cache: Path | None, image_size: int | None) -> FolderImages:
-    """Decode the images below ``path``, or read them from ``cache``, as [n, 3, image_size, image_size].
+    """Decode the images below ``path``, or read them from ``cache``, as [n, 3, stored, stored].
 
     Without a cache they are decoded into a file without a name, and nothing is left.
 
@@ -73,6 +75,7 @@ def load_folder(path: Path, cache: Path | None, image_size: int | None) -> Folde
     An image is turned by its EXIF orientation, made RGB (gray stays gray in three channels, 16 bits become
     8, transparent parts become white), cut to its central square and resized (bicubic, antialiased).
     ``image_size`` None: the images' own size if a sample of 100 are squares of one size up to 96 pixels, else 64.
+    They are stored up to twice that large, as far as the largest of the sample has the pixels.
 
     Images that cannot be decoded are left out, each with its label, reported on stderr and listed in a
     file. Raises UserError for a folder without usable images, unreadable files and a disk that is full.
@@ -81,7 +84,7 @@ def load_folder(path: Path, cache: Path | None, image_size: int | None) -> Folde
         listing = list_images(path)
     except OSError as error:
         raise unreadable(error, path) from error
-    size = image_size or own_size(path, listing.files)
+    image_size, size = choose_sizes(path, listing.files, image_size)
     key = hashlib.sha256(json.dumps([FORMAT, size, listing.files]).encode()).hexdigest()[:16]
     name = f"folder-{path.resolve().name}"
     if cache is None:
@@ -96,7 +99,9 @@ def load_folder(path: Path, cache: Path | None, image_size: int | None) -> Folde
         report_left_out(record["left_out"], path, array_path)
         images = open_array(array_path)
     labels = None if record["labels"] is None else torch.tensor(record["labels"])
-    return FolderImages(name, images, record["train_images"], labels, tuple(record["classes"]), record["content"])
+    return FolderImages(
+        name, images, image_size, record["train_images"], labels, tuple(record["classes"]), record["content"]
+    )
 
 
 def read_or_decode(path: Path, listing: Listing, size: int, array_path: Path) -> dict[str, Any]:
@@ -119,8 +124,9 @@ def unreadable(error: OSError, path: Path) -> UserError:
     return UserError(f"cannot read {error.filename or path}: {error.strerror}")
 
 
-def own_size(path: Path, files: list[ImageFile]) -> int:
-    """The size of small square images that are all alike; 64, with a sentence, for any others."""
+def choose_sizes(path: Path, files: list[ImageFile], image_size: int | None) -> tuple[int, int]:
+    """(pixels per side for the network, as stored): without ``image_size`` the size of small square images that are
+    all alike, and 64, with a sentence, for any others."""
     sizes = set()
     for file in files[:: max(1, len(files) // 100)][:100]:  # evenly spaced, so of all classes
         try:
@@ -129,12 +135,14 @@ def own_size(path: Path, files: list[ImageFile]) -> int:
                     sizes.add(image.size)
         except Exception:  # decoding will report it
             continue
-    if len(sizes) == 1:
-        ((width, height),) = sizes
-        if width == height <= LARGEST_OWN_SIZE:
-            return width
-    print(f"images of {path} are stored at {DEFAULT_SIZE} pixels (--image-size chooses)", flush=True)
-    return DEFAULT_SIZE
+    largest = max((min(size) for size in sizes), default=0)
+    if image_size is None and sizes == {(largest, largest)} and largest <= LARGEST_OWN_SIZE:
+        return largest, largest
+    chosen = image_size or DEFAULT_SIZE
+    stored = max(chosen, min(DETAIL * chosen, largest))
+    if image_size is None:
+        print(f"the network sees images of {path} at {chosen} pixels (--image-size chooses)", flush=True)
+    return chosen, stored
 
 
 # Decoding
