@@ -83,6 +83,7 @@ package: build
 	FORCE_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target build/package/installed build/package/*.tar.gz
 	tar -tf build/package/*.tar.gz | grep -q csrc/cuda/instantiate/hopper.cu
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -m mio_ext
+	cd build/package && PYTHONPATH=installed installed/bin/mio-pretrain --dry-run
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -c 'import mio_ext; assert "cpu" in mio_ext.available_backends()'
 
 # The peers of the extra [bench] are installed on the way; mio_ext itself stays the one in place.
