@@ -67,7 +67,8 @@ class Resources(NamedTuple):
 
 def sweep_constants(tile: Tile, product: str, width: int, **flags: Any) -> dict[str, Any]:
     """The constants of sweep_kernel; by default the row gradient and the loss, and nothing else."""
-    constants: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": min(width, SLICE_WIDTH[product])}
+    block_d = min(width, SLICE_WIDTH[product])
+    constants: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": block_d}
     constants |= {"WIDTH": width, "SLICE": 0, "PRODUCT": product}
     constants |= dict.fromkeys(("NORMALIZE", "HAS_IDS", "EXCLUDE_SELF", "TRANSPOSED", "DPARAMS", "FINISH"), False)
     return constants | {"GRAD": True, "LOSS": True} | flags
