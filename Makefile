@@ -41,7 +41,7 @@ $(BIN)/pip:  # a venv that failed half way has a python, but no pip
 build: $(VENV)/installed-pretrain
 	@mkdir -p build
 	@$(BIN)/python -u setup.py build_ext 2>&1 | tee build/log.txt \
-		| sed -unE "s/^mio_ext: //p; s/^building '(.*)' extension/building \1, a minute, or some with CUDA kernels/p; s/^(\[[0-9/]+\]).* -c [^ ]*(csrc\/[^ ]+) .*/  \1 \2/p" \
+		| sed -unE "s/^mio_ext: //p; s/^building '(.*)' extension/building \1 (the first time a minute, some with CUDA kernels)/p; s/^(\[[0-9/]+\]).* -c [^ ]*(csrc\/[^ ]+) .*/  \1 \2/p" \
 		|| { cat build/log.txt; exit 1; }
 
 # What this machine can run: CUDA kernels where a GPU is visible.
