@@ -12,7 +12,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 help:
 	@echo "make pretrain   set up, build, and pre-train on the default data (ARGS='--epochs 5' adds options)"
 	@echo "make test       set up for development, build, and run the test suite"
-	@echo "make kill       kill a small training 50 times, fill its disk, and see that nothing is lost; 2 minutes"
+	@echo "make kill       kill a small training 50 times, fill its disk, and see that nothing is lost; some minutes"
 	@echo "make build      the set-up alone: $(VENV) and the extension in place"
 	@echo "make lint       ruff, clang-format and mypy        make format   let them mend what they can"
 	@echo "make hook       have git run make lint before each commit"
