@@ -14,7 +14,7 @@ help:
 	@echo "make hook       have git run make lint before each commit"
 	@echo "make cpp        the kernels as a C++ library, their C++ test and microbenchmark (CMake)"
 	@echo "make package    sdist and wheel, installed into an empty folder and imported"
-	@echo "make gpu-check  on a GPU, with the system's own packages: build, tests, benchmarks, profile, training; 12 minutes"
+	@echo "make gpu-check  on a GPU, with the system's own packages: build, tests, benchmarks, profile, training; 10 minutes"
 	@echo "make bench      the data behind the figures, about 20 minutes, then README.md and docs/performance.md from it"
 	@echo "make bench-check  are we still as far ahead of others as the committed data say? informs only"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is this right and fast on the GPU that is here? Build, tests, benchmarks, a profile and a short training.
 
-    python benchmarks/gpu_check.py                         # or make gpu-check PYTHON=python3; about twelve minutes
+    python benchmarks/gpu_check.py                         # or make gpu-check PYTHON=python3; about ten minutes
     python benchmarks/gpu_check.py --part card tests-cuda  # some of it
     python benchmarks/gpu_check.py --list                  # what there is, and how long each may take
 
@@ -137,14 +137,14 @@ def pytest_part(name: str, what: str, limit: float, files: tuple[str, ...], sele
 
 
 def speed(capability: str, output: Path) -> list[Part]:
-    """Six and a half minutes at most."""
+    """Five minutes at most."""
     found = []
     losses = {  # one backend's hanging kernel must not cost the other's figures; peers run in turns with ours
-        "loss-cuda": ("our CUDA backend", 45, ["mio_ext cuda"]),
-        "loss-triton": ("our Triton backend", 45, ["mio_ext triton"]),
-        "loss-peers": ("ours, in turns with siglip-kernel and eager", 55, ["mio_ext cuda", "siglip-kernel", "eager"]),
-        "loss-wide": ("wide rows, in turns with siglip-kernel", 90, ["mio_ext cuda", "siglip-kernel"]),
-        "loss-compile": ("ours, in turns with torch.compile", 50, ["mio_ext cuda", "torch.compile"]),
+        "loss-cuda": ("our CUDA backend", 35, ["mio_ext cuda"]),
+        "loss-triton": ("our Triton backend", 35, ["mio_ext triton"]),
+        "loss-peers": ("ours, in turns with siglip-kernel and eager", 45, ["mio_ext cuda", "siglip-kernel", "eager"]),
+        "loss-wide": ("wide rows, in turns with siglip-kernel", 40, ["mio_ext cuda", "siglip-kernel"]),
+        "loss-compile": ("ours, in turns with torch.compile", 40, ["mio_ext cuda", "torch.compile"]),
     }
     for name, (who, limit, contenders) in losses.items():
         command = [sys.executable, "benchmarks/loss.py", "--contenders", *contenders, "--budget", str(limit - 8)]
