@@ -53,6 +53,7 @@ inline bool is_direct(const at::Tensor& z, bool normalize) {
 inline void run_chunked(const PairwiseBCECuda& problem, const Call& call, const at::Tensor& workspace,
                         const at::Tensor& dx, const at::Tensor& dy, int64_t most_chunk_rows, Stream stream) {
   using at::Tensor;
+  const at::AutoDispatchBelowAutograd no_autograd;  // products with an `out` refuse features that require grad
   const at::ScalarType type = call.x.scalar_type();
   const ChunkedCopies copies = chunked_copies(problem);
   auto copy = [&](size_t start, int64_t rows) {
@@ -135,8 +136,8 @@ inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopp
   problem.dparams = call.needs_grad[2] ? dparams.mutable_data_ptr<float>() : nullptr;
   problem.multiprocessors = multiprocessors;
   problem.hopper = hopper;
-  problem.x_direct = !call.x2 && is_direct(call.x, call.normalize);
-  problem.y_direct = call.y && is_direct(*call.y, call.normalize);
+  problem.x_direct = is_chunked_hopper(problem) && !call.x2 && is_direct(call.x, call.normalize);
+  problem.y_direct = is_chunked_hopper(problem) && call.y && is_direct(*call.y, call.normalize);
   const Tensor workspace = at::empty({int64_t(workspace_bytes(problem))}, options.dtype(at::kByte));
   problem.workspace = workspace.mutable_data_ptr();
 

@@ -270,3 +270,12 @@ def test_siglip_loss_of_wide_rows_in_16_bits(frozen, form, m, k, dim, emulated):
     assert relative_error(loss, exact) < loss_limit
     for grad, exact_grad in zip(grads, exact_grads, strict=True):
         assert relative_error(grad, exact_grad) < grad_limit
+
+
+def test_op_takes_wide_features_that_require_grad(emulated_ops):
+    """A library gets them as they are; its products with an `out` would refuse."""
+    x, y = (torch.nn.functional.normalize(z.detach()).bfloat16().requires_grad_() for z in views(9, 264))
+    arguments = [[10.0, 10.0, -5.0, 1.0, 1.0, 0.0], 0, 0, False, False, [True, True, False]]
+    for op in (emulated_ops.portable, emulated_ops.hopper):
+        dx = op(x, y, None, None, None, *arguments)[2]
+        assert dx.shape == x.shape and dx.isfinite().all()
