@@ -104,7 +104,7 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
     code = run(tool("nvdisasm"), "-c", cubin)
     kernels = []
     for part in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]:
-        mangled = re.match(r"[^\s,]+", part)[0]
+        mangled = re.split(r"[\s,]", part, maxsplit=1)[0]
         name = kernel_name(mangled)
         if name.startswith(HOPPER) and arch != "sm_90a":
             continue
@@ -199,7 +199,7 @@ def main() -> None:
             wrong = faults(kernel, shape)
             bad += bool(wrong)
             count += 1
-            of_sweep = [""] * 6
+            of_sweep: list[object] = [""] * 6
             if shape:
                 by_registers = 65536 // (shape.threads * ((kernel.registers + 7) // 8 * 8))
                 blocks = min(by_registers, SHARED_KB.get(arch, 100) * 1024 // (shape.shared + 1024))
@@ -211,8 +211,8 @@ def main() -> None:
                     f"{stored(kernel.loop, shape):.1f}",
                     instructions(kernel.loop, shape.logits),
                 ]
-            shared, blocks, matrix, special, stores, counts = of_sweep
-            row = ROW.format(arch, *kernel[:4], shared, blocks, matrix, kernel.exponentials, special, stores, counts)
+            shared, resident, matrix, special, stores, counts = of_sweep
+            row = ROW.format(arch, *kernel[:4], shared, resident, matrix, kernel.exponentials, special, stores, counts)
             print(row.rstrip() + (f"  <- {', '.join(wrong)}" if wrong else ""), flush=True)
     print(f"{count} kernels, {bad} with faults")
     sys.exit(bool(bad))

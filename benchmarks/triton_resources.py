@@ -67,7 +67,8 @@ class Resources(NamedTuple):
 
 def sweep_constants(tile: Tile, product: str, width: int, **flags: Any) -> dict[str, Any]:
     """The constants of sweep_kernel; by default the row gradient and the loss, and nothing else."""
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": min(width, SLICE_WIDTH[product])}
+    block_d = min(width, SLICE_WIDTH[product])
+    constants: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_D": block_d}
     constants |= {"WIDTH": width, "SLICE": 0, "PRODUCT": product}
     constants |= dict.fromkeys(("NORMALIZE", "HAS_IDS", "EXCLUDE_SELF", "TRANSPOSED", "DPARAMS", "FINISH"), False)
     return constants | {"GRAD": True, "LOSS": True} | flags
@@ -106,12 +107,13 @@ def sweep_entries(quick: bool) -> list[Entry]:
 def other_entries() -> list[Entry]:
     """The kernels that have no table; they only must compile and not spill."""
     entries = []
+    kinds: list[tuple[str, str | None, int]]
     kinds = [("bf16", "16-bit", 128), ("fp16", "16-bit", 128), ("fp32", "tf32", 128), ("fp32", "fp16x3", 128)]
     kinds += [("fp64", None, 128), ("bf16", None, 768), ("fp16", None, 768), ("fp32", None, 768)]
     for capability in sorted({key[0] for key in TILES}):
         for dtype, product, width in kinds:
             block_d = 1 << (width - 1).bit_length()
-            shape = {"WIDTH": width, "BLOCK_D": block_d, "ROWS": max(1, min(16, 4096 // block_d))}
+            shape: dict[str, Any] = {"WIDTH": width, "BLOCK_D": block_d, "ROWS": max(1, min(16, 4096 // block_d))}
             shape |= {"NORMALIZE": True, "PRODUCT": product}
             prepare = shape | {
                 "FIRST": True,
@@ -183,7 +185,7 @@ def compile_entry(entry: Entry) -> Resources:
         loop = main_loop(code)
         special_per_logit = len(re.findall(r"\bMUFU", loop)) / max(1, len(re.findall(r"\bMUFU\.EX2", loop)))
     return Resources(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         shared=compiled.metadata.shared,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         matrix=dict(collections.Counter(re.findall(ANY_MATRIX, code))),
@@ -243,7 +245,7 @@ def main() -> None:
             kernel = entry.kernel.removesuffix("_kernel")
             shared = f"{found.shared / 1024:.1f}"
             matrix = ", ".join(f"{n} {name}" for name, n in found.matrix.items())
-            row = (entry.capability, kernel, c["PRODUCT"] if sweep else entry.dtype, tile, entry.name)
+            row: list[object] = [entry.capability, kernel, c["PRODUCT"] if sweep else entry.dtype, tile, entry.name]
             row += (found.registers, shared, found.spills, matrix, special)
             print(ROW.format(*row) + ("  <- " + ", ".join(wrong) if wrong else ""), flush=True)
     print(f"{len(entries)} entries, {bad} with faults")

@@ -54,7 +54,7 @@ def time_ms(rows: int, width: int, dtype: torch.dtype) -> float:
         torch.cuda.synchronize()
         if repetition >= 5:
             times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
         for tile in candidates():
             if not sound(capability, product, width, tile, finish=name == "SMALL_TILES"):
                 continue
-            pairwise_bce.tile_for = lambda *_, tile=tile, **__: tile
+            vars(pairwise_bce)["tile_for"] = lambda *_, tile=tile, **__: tile  # for this measurement
             ms = time_ms(rows, width, torch.bfloat16 if product == "16-bit" else torch.float32)
             best = min(best or (ms, tile), (ms, tile))
         if best is None:

@@ -46,7 +46,8 @@ def entry(name: str, thing: Any) -> str:
 
 def pretty(signature: inspect.Signature) -> str:
     """The signature, a parameter a line where it is long. Annotations are text already."""
-    parts, star = [], False
+    parts: list[str] = []
+    star = False
     for p in signature.parameters.values():
         if p.kind is p.KEYWORD_ONLY and not star:
             parts, star = [*parts, "*"], True

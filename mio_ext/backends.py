@@ -132,7 +132,7 @@ def _auto_on_gpu(index: int | None, cell: Cell) -> Choice:
 
 def auto_on_gpu(index: int | None, cell: Cell) -> Choice:
     """What ``auto`` takes on GPU number ``index`` (None: the current one)."""
-    from . import selfcheck
+    from . import verified
 
     if not torch.cuda.is_available():
         return Choice("reference", "there is no CUDA GPU")
@@ -140,7 +140,7 @@ def auto_on_gpu(index: int | None, cell: Cell) -> Choice:
     measured = AUTO.get((major, minor), {}).get(cell)
     if measured is not None and unavailable_reason(measured) is None:
         return Choice(measured, f"measured on compute capability {major}.{minor}")
-    backend = selfcheck.verified(index, cell)
+    backend = verified.backend_for(index, cell)
     if backend is not None and unavailable_reason(backend) is None:
         return Choice(backend, "verified on this GPU")
     why = f"no fused backend is verified on this GPU, compute capability {major}.{minor}"

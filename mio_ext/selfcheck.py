@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mio_ext check``: is a fused backend right on this machine, how fast, and the record of it.
+"""``python -m mio_ext check``: is a fused backend right on this machine, and how fast?
 
 For every :class:`~mio_ext.backends.Cell`, each backend runs in a process of its own, which may hang, crash or print
 nonsense: that costs the cell's backend and nothing else. The process takes MIO, MIO with labels and SigLIP at a few
 sizes, twice for equal bits, holds loss and gradients to the float64 reference and to plain PyTorch in the features'
-own type, and times them beside it. What it reports is judged here.
-
-The record is a file in the user's cache folder, ``MIO_CACHE_DIR``, ``XDG_CACHE_HOME/mio_ext`` or ``~/.cache/mio_ext``.
-Its name holds a hash of everything that could change the answer: device, driver, torch, Triton, our own code.
+own type, and times them beside it. What it reports is judged here and kept in the record (verified.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -23,16 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, verified
 from .backends import CELLS, WIDE, Cell
 
 LIMIT = 120.0  #: seconds a process may take
@@ -235,111 +229,11 @@ def check(
             say(f"  {cell!s:<18} {backend:<7} {told}")
         good = [v for v in verdicts if v.reason is None]
         chosen[str(cell)] = min(good, key=lambda v: v.ms).backend if good else None
-    remember(device, chosen)
+    verified.remember(device, chosen)
     return chosen
 
 
-# ---------------------------------------------------------------------------------------------- the record
-
-_memory: dict[str, dict[str, str | None]] = {}  # by key: records that no file could be written for, or was read
-
-
-def key(device: torch.device) -> dict[str, str]:
-    """Everything on this machine that could change what is verified."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        driver = Path("/proc/driver/nvidia/version")
-        version = driver.read_text().splitlines()[0] if driver.exists() else "unknown"
-    else:
-        name, capability, version = "cpu", "none", "none"
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
-    return {
-        "device": name,
-        "capability": capability,
-        "driver": version,
-        "torch": torch.__version__,
-        "triton": triton,
-        "code": _hash_of_the_code(),
-    }
-
-
-def _hash_of_the_code() -> str:
-    """Of the extension and everything of ours in Python."""
-    here = Path(__file__).parent
-    files = sorted({*here.rglob("*.py"), *here.glob("_C*.so")})
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def record_path(device: torch.device) -> Path | None:
-    """Where the record of this device is or will be; None where there is no folder for it."""
-    name = hashlib.sha256(json.dumps(key(device)).encode()).hexdigest()[:16] + ".json"
-    if folder := os.environ.get("MIO_CACHE_DIR"):
-        return Path(folder) / name
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "mio_ext" / name
-    try:
-        return Path.home() / ".cache" / "mio_ext" / name
-    except RuntimeError:
-        return None
-
-
-def record(device: torch.device) -> dict[str, str | None]:
-    """Cell -> verified backend, or None where it was looked for in vain; empty if nothing was checked yet."""
-    name = json.dumps(key(device))
-    if name not in _memory:
-        _memory[name] = {}
-        path = record_path(device)
-        try:
-            if path is not None and path.exists():
-                cells = json.loads(path.read_text())["cells"]
-                _memory[name] = {str(c): b for c, b in cells.items() if b is None or b in backends.BACKENDS}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            warnings.warn(f"mio_ext: the record {path} cannot be read ({error}); check again", stacklevel=2)
-    return _memory[name]
-
-
-def remember(device: torch.device, cells: dict[str, str | None]) -> None:
-    """Add to the record, in a file where one can be written: whole or not at all. Else in memory, said once."""
-    cells = {**record(device), **cells}
-    _memory[json.dumps(key(device))] = cells
-    backends.forget_choices()
-    path = record_path(device)
-    try:
-        if path is None:
-            raise OSError("no home folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        try:
-            made = {"key": key(device), "made": time.strftime("%Y-%m-%d"), "cells": cells}
-            part.write_text(json.dumps(made, indent=1) + "\n")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"mio_ext: the record of the check is kept for this process only ({error})", stacklevel=2)
-
-
-def known() -> dict[str, dict[str, str | None]]:
-    """The records this process knows, for others that are to :func:`adopt` them."""
-    return dict(_memory)
-
-
-def adopt(records: dict[str, dict[str, str | None]]) -> None:
-    """Take another process's records as one's own; those of another kind of device do no harm."""
-    _memory.update(records)
-    backends.forget_choices()
-
-
-def verified(index: int | None, cell: Cell) -> str | None:
-    """The backend the record has for the cell on GPU ``index``."""
-    return record(torch.device("cuda", torch.cuda.current_device() if index is None else index)).get(str(cell))
+# ---------------------------------------------------------------------------------------------- for scripts
 
 
 def ensure(device: torch.device, dtype: torch.dtype, dim: int, limit: float = LIMIT) -> str | None:
@@ -351,7 +245,7 @@ def ensure(device: torch.device, dtype: torch.dtype, dim: int, limit: float = LI
     cell = Cell(dtype, dim > WIDE)
     if device.type != "cuda" or not fused_backends(cell, device):
         return None
-    if backends.auto_on_gpu(device.index, cell).backend != "reference" or str(cell) in record(device):
+    if backends.auto_on_gpu(device.index, cell).backend != "reference" or str(cell) in verified.record(device):
         return None
     begin, reasons = time.monotonic(), []
     backend = check(device, [cell], limit, lambda line: reasons.append(" ".join(line.split())))[str(cell)]
@@ -375,10 +269,10 @@ def main(arguments: list[str]) -> None:
     if not args.limit > 0:
         parser.error(f"--limit must be positive, got {args.limit}")
     for device in _devices(args.device, parser):
-        print(f"{device}: {key(device)['device']}")
+        print(f"{device}: {verified.key(device)['device']}")
         cells = [cell for cell in CELLS if str(cell.dtype).removeprefix("torch.") in args.dtype]
         check(device, cells, args.limit, lambda line: print(line, flush=True))
-        print(f"  kept in {record_path(device)}")
+        print(f"  kept in {verified.record_path(device)}")
         if device.type == "cuda":
             for cell in cells:
                 choice = backends.auto_on_gpu(device.index, cell)

@@ -5,10 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.package.process_pool import Pool
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +31,9 @@ TOLERANCE = {
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Where MIO_TEST_LINES names a file, a JSON line of every test as it ends: if one hangs, the others are known.
 
     After an error of CUDA's a process is of no use any more: a worker of pytest-xdist ends itself and is replaced.
@@ -45,18 +52,18 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture(params=FUSED_BACKENDS, ids=lambda p: p[0])
-def backend(request):
+def backend(request: pytest.FixtureRequest) -> Any:
     """(backend, device) of every fused backend that can run here."""
     return request.param
 
 
 @pytest.fixture(params=list(TOLERANCE), ids=lambda d: str(d).removeprefix("torch."))
-def dtype(request):
+def dtype(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
 @pytest.fixture
-def one_thread():
+def one_thread() -> Iterator[None]:
     """As many runs as cores may be testing at once, and OpenMP threads that share a core spin."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -65,7 +72,7 @@ def one_thread():
 
 
 @pytest.fixture
-def fast_probes(monkeypatch):
+def fast_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table and the plots are of no interest: skip the slow parts."""
     row = {
         "linear_2": 1.0,
@@ -80,9 +87,9 @@ def fast_probes(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def pool(tmp_path_factory):
+def pool(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Pool]":
     """Four processes that run what a test hands them."""
-    from process_pool import WORLD, Pool
+    from process_pool import WORLD, Pool  # type: ignore[import-not-found]  # pytest puts its folder on the path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # as torchrun: threads of several processes on a core only spin
@@ -94,10 +101,10 @@ def pool(tmp_path_factory):
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 distance, in float64; gradients are judged as vectors."""
     actual, expected = actual.detach().double(), expected.detach().double()
-    return ((actual - expected).norm() / expected.norm()).item()
+    return float((actual - expected).norm() / expected.norm())
 
 
-def assert_no_worse_than(actual, plain, exact, limit: float) -> None:
+def assert_no_worse_than(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, limit: float) -> None:
     """``actual`` is within ``limit`` of ``exact`` and no more than twice as far from it as ``plain`` is.
 
     On a handful of numbers plain PyTorch may land on the exact value by luck: four roundings are granted.
@@ -108,7 +115,9 @@ def assert_no_worse_than(actual, plain, exact, limit: float) -> None:
     assert error <= allowed, f"{error:.2e}, plain PyTorch {allowed / 2:.2e}"
 
 
-def views(batch: int, dim: int, dtype=torch.float32, device="cpu", noise=0.5, seed=0):
+def views(
+    batch: int, dim: int, dtype: torch.dtype = torch.float32, device: str = "cpu", noise: float = 0.5, seed: int = 0
+) -> tuple[torch.Tensor, ...]:
     """Two correlated views that require grad, the same values for every dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
@@ -116,7 +125,7 @@ def views(batch: int, dim: int, dtype=torch.float32, device="cpu", noise=0.5, se
     return tuple(z.to(device, dtype).requires_grad_() for z in (base, other))
 
 
-def run_python(*args: str, env: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
+def run_python(*args: str, env: dict[str, str] | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter in the repository root."""
     return subprocess.run(
         [sys.executable, *args],

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import mio_ext
-from mio_ext import selfcheck
+from mio_ext import selfcheck, verified
 from train.errors import UserError
 from train.processes import ALONE, Processes
 
@@ -55,8 +55,8 @@ def verify_loss_backend(device: torch.device, width: int, processes: Processes =
 
     The first process does, in child processes, and says in a line what came out; the others take its word.
     """
-    line, records = processes.from_first(lambda: (selfcheck.ensure(device, torch.float32, width), selfcheck.known()))
-    selfcheck.adopt(records)
+    line, records = processes.from_first(lambda: (selfcheck.ensure(device, torch.float32, width), verified.known()))
+    verified.adopt(records)
     if line is not None:
         print(line, flush=True)
 

@@ -3,21 +3,26 @@
 
 import multiprocessing
 import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 WORLD = 4
-groups: dict[int, object] = {}  #: in a worker, the process group of the first n processes
+groups: dict[int, Any] = {}  #: in a worker, the process group of the first n processes
 
 
 class Pool:
     """Processes that stay: ``run(function, *args)`` calls it on all of them and returns what each returned."""
 
-    def __init__(self, world: int, rendezvous) -> None:
+    def __init__(self, world: int, rendezvous: Path) -> None:
         context = multiprocessing.get_context("spawn")
-        self.connections, self.processes = [], []
+        self.connections: list[Connection[Any, Any]] = []
+        self.processes: list[multiprocessing.process.BaseProcess] = []
         for rank in range(world):
             ours, theirs = context.Pipe()
             self.processes.append(
@@ -27,7 +32,7 @@ class Pool:
         for process in self.processes:
             process.start()
 
-    def run(self, function, *args, ranks=WORLD):
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
         connections = self.connections[:ranks]
         for connection in connections:
             connection.send((function, args))
@@ -47,7 +52,7 @@ class Pool:
             process.join()
 
 
-def work(connection, rank: int, world: int, rendezvous: str) -> None:
+def work(connection: Any, rank: int, world: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world)
     groups.update({n: dist.new_group(list(range(n))) for n in range(1, world)} | {world: None})

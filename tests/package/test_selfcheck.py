@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import run_python
 
-from mio_ext import backends, selfcheck
+from mio_ext import backends, selfcheck, verified
 from mio_ext.backends import Cell
 from train.device import verify_loss_backend
 
@@ -32,7 +32,7 @@ GOOD = {
 def no_record(monkeypatch, tmp_path):
     """A cache folder of the test's own, and nothing remembered."""
     monkeypatch.setenv("MIO_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(selfcheck, "_memory", {})
+    monkeypatch.setattr(verified, "_memory", {})
     backends.forget_choices()
     yield
     backends.forget_choices()
@@ -142,11 +142,11 @@ def test_one_backend_failing_costs_its_cell_only(monkeypatch):
     chosen = selfcheck.check(CPU, [CELL, other], 30, said.append)
     assert chosen == {str(CELL): "triton", str(other): None}
     assert len(said) == 4 and "no kernel image" in said[0] and "verified, 2 ms" in said[1]
-    selfcheck._memory.clear()  # as another process would find it
-    assert selfcheck.record(CPU) == chosen
-    selfcheck.remember(CPU, {str(other): "cpu"})
-    assert selfcheck.record(CPU) == {str(CELL): "triton", str(other): "cpu"}
-    folder = selfcheck.record_path(CPU).parent
+    verified._memory.clear()  # as another process would find it
+    assert verified.record(CPU) == chosen
+    verified.remember(CPU, {str(other): "cpu"})
+    assert verified.record(CPU) == {str(CELL): "triton", str(other): "cpu"}
+    folder = verified.record_path(CPU).parent
     assert [p.suffix for p in folder.iterdir()] == [".json"]
 
 
@@ -159,36 +159,36 @@ def test_the_fastest_verified_backend_is_taken(monkeypatch):
 
 
 def test_where_the_record_is(monkeypatch, tmp_path):
-    assert selfcheck.record_path(CPU).parent == tmp_path / "cache"
+    assert verified.record_path(CPU).parent == tmp_path / "cache"
     monkeypatch.delenv("MIO_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert selfcheck.record_path(CPU).parent == tmp_path / "xdg" / "mio_ext"
+    assert verified.record_path(CPU).parent == tmp_path / "xdg" / "mio_ext"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert selfcheck.record_path(CPU).parent == tmp_path / "home" / ".cache" / "mio_ext"
+    assert verified.record_path(CPU).parent == tmp_path / "home" / ".cache" / "mio_ext"
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MIO_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="kept for this process only"):
-        selfcheck.remember(CPU, {str(CELL): "cpu"})
-    assert selfcheck.record(CPU) == {str(CELL): "cpu"}
+        verified.remember(CPU, {str(CELL): "cpu"})
+    assert verified.record(CPU) == {str(CELL): "cpu"}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"cells": [1]}'])
 def test_a_damaged_record_is_said_and_ignored(text):
-    path = selfcheck.record_path(CPU)
+    path = verified.record_path(CPU)
     path.parent.mkdir()
     path.write_text(text)
     with pytest.warns(UserWarning, match="cannot be read"):
-        assert selfcheck.record(CPU) == {}
+        assert verified.record(CPU) == {}
 
 
 def test_a_record_is_for_what_it_was_made_with(monkeypatch):
-    selfcheck.remember(CPU, {str(CELL): "cpu"})
+    verified.remember(CPU, {str(CELL): "cpu"})
     monkeypatch.setattr(torch, "__version__", "9.9")
-    assert selfcheck.record(CPU) == {}
+    assert verified.record(CPU) == {}
 
 
 # ---------------------------------------------------------------- what auto takes
@@ -216,7 +216,7 @@ def test_auto_on_a_gpu_we_have_measured(gpu):
 def test_auto_on_another_gpu_takes_what_was_verified(gpu):
     choice = backends.auto_on_gpu(0, CELL)
     assert choice.backend == "reference" and choice.why.endswith("run: python -m mio_ext check")
-    selfcheck.remember(torch.device("cuda", 0), {str(CELL): "triton"})
+    verified.remember(torch.device("cuda", 0), {str(CELL): "triton"})
     assert backends.auto_on_gpu(None, CELL).backend == "triton"
     assert backends.auto_on_gpu(0, Cell(torch.float32, True)).backend == "reference"
 
@@ -234,7 +234,7 @@ def test_auto_where_the_measured_backend_was_not_built(gpu, monkeypatch):
     monkeypatch.setattr(backends, "unavailable_reason", lambda b: "it was not built" if b == "cuda" else None)
     choice = backends.auto_on_gpu(0, CELL)
     assert choice.backend == "reference" and "'cuda' would be faster, but it was not built" in choice.why
-    selfcheck.remember(torch.device("cuda", 0), {str(CELL): "triton"})
+    verified.remember(torch.device("cuda", 0), {str(CELL): "triton"})
     assert backends.auto_on_gpu(0, CELL).backend == "triton"
 
 
@@ -322,7 +322,7 @@ def test_pretraining_checks_an_unknown_gpu_and_says_so_in_a_line(gpu, monkeypatc
 
 def test_the_other_processes_take_the_first_ones_word(gpu, monkeypatch, capsys):
     device = torch.device("cuda", 0)
-    first = {json.dumps(selfcheck.key(device)): {str(CELL): "triton"}}
+    first = {json.dumps(verified.key(device)): {str(CELL): "triton"}}
     monkeypatch.setattr(selfcheck, "check", lambda *_: pytest.fail("only the first process checks"))
     verify_loss_backend(device, 128, Others((None, first)))
     assert backends.auto_on_gpu(0, CELL).backend == "triton"

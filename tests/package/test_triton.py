@@ -9,7 +9,6 @@ test sees an interpreted kernel. To run one by hand: TRITON_INTERPRET=1 pytest t
 import importlib.metadata
 import importlib.util
 import os
-import sys
 
 import pytest
 import torch
@@ -75,11 +74,7 @@ def test_resources_of_every_large_tile():
 
 @plain
 def test_the_check_of_resources_can_fail():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from triton_resources import Entry, Resources, compile_entry, faults, sweep_constants
-    finally:
-        sys.path.pop(0)
+    from benchmarks.triton_resources import Entry, Resources, compile_entry, faults, sweep_constants
     from mio_ext.triton.tiles import Tile
 
     def entry(block_m, capability=90):

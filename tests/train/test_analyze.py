@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from conftest import ROOT, relative_error
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(ROOT))
 from mio_ext import analysis, reference
 from train import analysis_plots, analyze, pretrain
 from train.assemble import load_run

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
 """The batched augmentation against torchvision's one-image functions, and its per-sample randomness."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-torchvision = pytest.importorskip("torchvision")
+pytest.importorskip("torchvision")
+import torchvision
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train.augment import Preprocess, ViewParameters, ViewRanges, apply_parameters, draw_parameters
 
 

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
 """What a finished run tells others: its model card and its events for TensorBoard."""
 
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-torchvision = pytest.importorskip("torchvision")
+pytest.importorskip("torchvision")
+import torchvision
+
 pytest.importorskip("safetensors.torch")
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import card, evaluate, pretrain
 
 OPTIONS = ["--batch-size", "16", "--device", "cpu", "--log-every", "1", "--knn-every", "0", "--no-evaluate"]

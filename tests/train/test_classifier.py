@@ -2,9 +2,7 @@
 
 """Fine-tuning and the paper's linear evaluation on toy images: stripes along one axis or the other."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from torch import nn
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import classifier
 from train.classifier import FINETUNE, V1, train_classifier
 from train.data import Split

@@ -2,14 +2,11 @@
 
 """Options: precedence of defaults, data set, preset, file and command line; what is refused; the presets."""
 
-import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torchvision")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import pretrain
 from train.config import RUN_OPTIONS, Config, load_config, make_parser, parse_arguments, preset_names
 from train.errors import UserError

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
 """The official data sets, their statistics, and how batches reach the device."""
 
 import re
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +11,6 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 from train import data as data_module
 from train.data import ImageData, Split, load_data, prefetch
 from train.errors import UserError

@@ -2,15 +2,12 @@
 """evaluate.py and export.py on a short run."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import evaluate, export, pretrain
 
 

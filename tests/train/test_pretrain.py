@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
 """The pre-training script: a short run end to end, repeatability, monitors, a user's mistakes."""
 
 import csv
@@ -15,27 +14,28 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from conftest import ROOT
 
-torchvision = pytest.importorskip("torchvision")
-safetensors = pytest.importorskip("safetensors.torch")
+pytest.importorskip("torchvision")
+import torchvision
+
+pytest.importorskip("safetensors.torch")
+import safetensors.torch as safetensors
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "train" / "pretrain.py"
-sys.path.insert(0, str(ROOT))
 import mio_ext
 from mio_ext import distributed
 from mio_ext.reference import PairStats
 from train import plots, pretrain
-from train.data import random_batches
 from train.errors import UserError
 from train.export import load_encoder
 from train.model import build_backbone, build_model
 from train.monitor import METRICS, Progress, StepMetrics, report, spread
-from train.optimizer import learning_rate, parameter_groups
 from train.run_folder import TENSORBOARD
+
+SCRIPT = ROOT / "train" / "pretrain.py"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -345,15 +345,6 @@ def test_metrics_of_a_known_batch():
     assert float(spread(z)) == pytest.approx(2 * (8 * 3 / 16 / 7) ** 0.5, abs=1e-6)
 
 
-def test_learning_rate_warms_up_and_ends_at_zero():
-    rates = [learning_rate(step, 100, 10, 0.5) for step in range(101)]
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[0] == pytest.approx(0.5 / 11)
-    assert max(rates) == rates[10] == 0.5
-    assert rates[55] == pytest.approx(0.25)
-    assert rates[100] == pytest.approx(0.0)
-
-
 def test_schedule_by_epoch_holds_the_rate_within_an_epoch(tmp_path):
     """As the paper's code: two epochs of warm-up to 0.6, then half a cosine over the other two."""
     options = ["--subset", "0.05", "--epochs", "4", "--warmup-epochs", "2", "--log-every", "1", "--no-evaluate"]
@@ -361,31 +352,6 @@ def test_schedule_by_epoch_holds_the_rate_within_an_epoch(tmp_path):
     assert pretrain.run(arguments) == 0
     rates = [entry["lr"] for entry in read_log(tmp_path / "r") if entry["event"] == "train"]
     assert rates == pytest.approx([0.2] * 4 + [0.4] * 4 + [0.6] * 4 + [0.3] * 4)  # 72 images: 4 steps an epoch
-
-
-def test_batches_cover_an_epoch_once_and_are_shuffled():
-    cpu = torch.device("cpu")
-    batches = list(random_batches(10, 3, 0, 0, 6, cpu))
-    assert [len(batch) for batch in batches] == [3] * 6  # 10 = 3 * 3 + 1: the incomplete batch is dropped
-    epochs = [torch.cat(batches[:3]).tolist(), torch.cat(batches[3:]).tolist()]
-    assert all(len(set(epoch)) == 9 for epoch in epochs)
-    assert epochs[0] != epochs[1]
-    assert epochs[0] != sorted(epochs[0])
-    for start in (1, 3, 4):  # a resumed run goes on with the same batches
-        rest = list(random_batches(10, 3, 0, start, 6, cpu))
-        assert all(torch.equal(a, b) for a, b in zip(rest, batches[start:], strict=True))
-    other = next(random_batches(10, 3, 1, 0, 1, cpu))
-    assert other.tolist() != batches[0].tolist()
-
-
-def test_weight_decay_spares_biases_and_batch_norm():
-    model = build_model("resnet18", 1, "3x3", (16, 8))
-    decayed, spared = parameter_groups(model, 0.1)
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
-    batch_norm = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)]
-    expected = {id(parameter) for module in batch_norm for parameter in module.parameters()}
-    assert {id(parameter) for parameter in spared["params"]} == expected  # no layer here has a bias
 
 
 def test_the_exported_encoder_is_torchvisions(short_run, tmp_path):

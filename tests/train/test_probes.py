@@ -3,8 +3,6 @@
 """Linear probes, k-NN, effective rank and feature extraction where the right answer is known."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import features as frozen
 from train import probes
 from train.data import load_digits

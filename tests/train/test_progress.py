@@ -3,9 +3,7 @@
 """The count of what takes longer than two seconds."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from train import progress
 
 
