@@ -38,6 +38,8 @@ NEEDED = ("torch", "setuptools", "pytest")
 LEFT_OUT = "left out"
 GRACE = 3.0  #: seconds between SIGTERM and SIGKILL
 SHOWN = 8  #: last lines of a part's output that are repeated on the terminal
+#: Of SigLIP, where rows are too wide for one kernel; the telling ones first.
+WIDE_ROWS, WIDE_DIMS = (65_536, 16_384, 4096, 1024, 131_072), (768, 512, 1152)
 TOOLKIT = "/usr/local/cuda/bin"  #: where nvcc, ncu and compute-sanitizer are, if not on PATH
 
 #: Prints a JSON object about the GPU, or nothing. In a process of its own: a broken driver may hang.
@@ -138,14 +140,17 @@ def speed(capability: str, output: Path) -> list[Part]:
     """Five minutes at most."""
     found = []
     losses = {  # one backend's hanging kernel must not cost the other's figures; peers run in turns with ours
-        "loss-cuda": ("our CUDA backend", 45, ["mio_ext cuda"]),
-        "loss-triton": ("our Triton backend", 45, ["mio_ext triton"]),
-        "loss-peers": ("ours, in turns with siglip-kernel and eager", 55, ["mio_ext cuda", "siglip-kernel", "eager"]),
-        "loss-compile": ("ours, in turns with torch.compile", 50, ["mio_ext cuda", "torch.compile"]),
+        "loss-cuda": ("our CUDA backend", 35, ["mio_ext cuda"]),
+        "loss-triton": ("our Triton backend", 35, ["mio_ext triton"]),
+        "loss-peers": ("ours, in turns with siglip-kernel and eager", 45, ["mio_ext cuda", "siglip-kernel", "eager"]),
+        "loss-wide": ("wide rows, in turns with siglip-kernel", 40, ["mio_ext cuda", "siglip-kernel"]),
+        "loss-compile": ("ours, in turns with torch.compile", 40, ["mio_ext cuda", "torch.compile"]),
     }
     for name, (who, limit, contenders) in losses.items():
         command = [sys.executable, "benchmarks/loss.py", "--contenders", *contenders, "--budget", str(limit - 8)]
         command += ["--output", str(output / f"{name}.json")]
+        if name == "loss-wide":
+            command += ["--cases", *(f"siglip:{b}:{d}:bfloat16" for b in WIDE_ROWS for d in WIDE_DIMS)]
         found.append(Part(name, f"benchmarks/loss.py: {who}", limit, tuple(command)))
     bench = "build/cmake/pairwise_bce_cuda_bench"
     for name, kernel in (("profile", "sweep_hopper"), ("profile-portable", "sweep_kernel")):
