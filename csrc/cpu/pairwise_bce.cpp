@@ -2,6 +2,7 @@
 // CPU implementation of the op: allocate, run the kernel, round to the op's types.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -37,7 +38,7 @@ template <typename T>
 Outputs run(const Call& call) {
   constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
   auto dense = [](const Tensor& t) { return t.to(type).contiguous(); };
-  const Tensor x = dense(call.x2 ? at::cat({call.x, *call.x2}) : call.x), y = call.y ? dense(*call.y) : Tensor();
+  const Tensor x = dense(call.x), x2 = call.x2 ? dense(*call.x2) : Tensor(), y = call.y ? dense(*call.y) : Tensor();
   const Tensor x_ids = call.x_ids ? call.x_ids->contiguous() : Tensor();
   const Tensor y_ids = call.y_ids ? call.y_ids->contiguous() : Tensor();
 
@@ -68,6 +69,8 @@ Outputs run(const Call& call) {
   sums.statistics(stats.mutable_data_ptr<double>());
   if (call.needs_grad[2]) {
     double gradient[6];
+  problem.x2 = call.x2 ? x2.const_data_ptr<T>() : nullptr;
+  problem.x_rows = call.x.size(0);
     problem.params.gradient(sums, gradient);
     std::copy_n(gradient, 6, dparams.mutable_data_ptr<T>());
   }

@@ -63,15 +63,17 @@ struct PreparedBfloat16 : PreparedBase<float> {
     return (left + kPanel<float> - 1) / kPanel<float> * kPanel<float>;
   }
 
-  // The block of rows of z [n, d] that begins with `first`.
-  void prepare(const float* z, int64_t first, bool normalize) {
-    for (int64_t i = first; i < first + block; ++i) prepare_row(z, i, normalize);
+  // The block that begins with row `first`; z(i) is row i as it came, [d].
+  template <class Rows>
+  void prepare(const Rows& z, int64_t first, bool normalize) {
+    for (int64_t i = first; i < first + block; ++i) prepare_row(i < n ? z(i) : nullptr, i, normalize);
     for (int64_t i = first; i < first + block; i += kPanel<float>) {
       const Pair* in = rows.data() + i * pair_ld;
       if (panels.data())
-        for (int64_t c = 0; c < feature_pairs; ++c)
-          for (int64_t j = 0; j < kPanel<float>; ++j)
-            panels.data()[i * feature_pairs + c * kPanel<float> + j] = in[j * pair_ld + c];
+        for (int64_t j = 0; j < kPanel<float>; j += W)
+          for (int64_t c = 0; c < feature_pairs; c += W)
+            transpose(in + j * pair_ld + c, pair_ld, feature_pairs - c,
+                      panels.data() + i * feature_pairs + c * kPanel<float> + j, kPanel<float>);
       Pair* out = block_pairs(first) + (i - first) / 2 * ld;
       for (int64_t j = 0; j < W; ++j)
         for (int64_t c = 0; c < feature_pairs; ++c) {
@@ -91,9 +93,8 @@ struct PreparedBfloat16 : PreparedBase<float> {
     }
   }
 
-  void prepare_row(const float* z, int64_t i, bool normalize) {
-    const float* in = z + i * d;
-    const double norm = i < n ? __builtin_sqrt(sum_of_squares(in, d)) : 0;
+  void prepare_row(const float* in, int64_t i, bool normalize) {
+    const double norm = normalize && i < n ? __builtin_sqrt(sum_of_squares(in, d)) : 0;
     const double scale = !normalize ? 1 : 1 / (norm < kNormEps ? kNormEps : norm);
     inverse.data()[i] = normalize && norm <= kNormEps ? 0.0f : float(scale);
     // A power of two, which is exact, keeps products of rows of any norm inside float32's range.
@@ -101,20 +102,22 @@ struct PreparedBfloat16 : PreparedBase<float> {
     const double power = scalable ? __builtin_ldexp(1.0, -__builtin_ilogb(norm)) : 1;
     normalizer.data()[i] = i < n ? float(scale / power) : 0.0f;
     auto bits = [&](int64_t c) {
-      const float v = i < n && c < d ? in[c] * float(power) : 0.0f;
+      const float v = in[c] * float(power);
       Pair u;
       __builtin_memcpy(&u, &v, sizeof u);
       return u;
     };
     Pair* row = rows.data() + i * pair_ld;
-    for (int64_t c = 0; c < feature_pairs; ++c) row[c] = bits(2 * c) >> 16 | (bits(2 * c + 1) & 0xffff0000u);
+    const int64_t whole = i < n ? d / 2 : 0;
+    for (int64_t c = 0; c < whole; ++c) row[c] = bits(2 * c) >> 16 | (bits(2 * c + 1) & 0xffff0000u);
+    for (int64_t c = whole; c < feature_pairs; ++c) row[c] = i < n ? bits(2 * c) >> 16 : 0;
     if (gradient.data())
       for (int64_t c = 0; c < ld; ++c) gradient.data()[i * ld + c] = 0;
   }
 
   // Features [c, c + W) of normalised row i.
   FloatVec row_vector(int64_t i, int64_t c) const {
-    const int64_t in_block = i % block, in_panel = in_block % kPanel<float>;
+    const int64_t in_block = i & (block - 1), in_panel = in_block % kPanel<float>;  // a power of two
     const int64_t pair = in_block / kPanel<float> * W + in_panel % W;
     const PairVec v = load(block_pairs(i - in_block) + pair * ld + c);
     return (in_panel < W ? low_half(v) : high_half(v)) * normalizer.data()[i];
