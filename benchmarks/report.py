@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the data files under benchmarks/results/ into the figures of README.md and docs/performance.md, and plots.
+"""Turns the data files under benchmarks/results/ into the figures of README.md and docs/, and plots.
 
     python benchmarks/report.py            # rewrite what stands between the markers, draw docs/plots/
     python benchmarks/report.py --check    # exit 1 if a page or plot is not the data's; needs no matplotlib
@@ -19,11 +19,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import report_loss, report_steps, report_training
+from benchmarks.harness import report_loss, report_processes, report_steps, report_training
 from benchmarks.harness.paths import ROOT
 from benchmarks.harness.tables import PLOT_NAMES, data_files
 
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/distributed.md")
 PLOTS = "docs/plots"
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -34,6 +34,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "loss-report": report_loss.performance_loss,
     "step-report": report_steps.performance_step,
     "accuracy-report": report_steps.performance_accuracy,
+    "processes": report_processes.measured,
+    "ring-on-paper": report_processes.on_paper,
 }
 
 

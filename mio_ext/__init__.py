@@ -4,6 +4,7 @@
 from . import analysis, distributed, reference
 from .backends import available_backends
 from .losses import mio_loss, siglip_loss
+from .micro_batches import backward_in_micro_batches
 from .modules import MIOLoss, SigLIPLoss
 from .reference import PairStats
 
@@ -14,6 +15,7 @@ __all__ = [
     "SigLIPLoss",
     "analysis",
     "available_backends",
+    "backward_in_micro_batches",
     "distributed",
     "mio_loss",
     "reference",

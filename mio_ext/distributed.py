@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same losses over the batches of all processes of a group (``torch.distributed``; Gloo or NCCL).
 
-Every process calls with its own rows and gets gradients for them; the rows of the others are gathered, in
-their own 16 bits, and one sweep of the op takes own rows × all rows. No process ever holds more than its
-share of the pairs, and the N × N matrix does not exist.
+Every process calls with its own rows, as many as it has, and gets gradients for them. The rows of the others are
+gathered in their own 16 bits for one sweep of the op, or go round in a ring and are swept block by block, so that
+memory does not grow with the number of processes: ``exchange="gather"`` or ``"ring"``; ``"auto"`` is the ring where
+gathered rows, and their gradient, would take more than a sixteenth of a device's memory. No process ever sweeps more
+than its share of the pairs, and the N × N matrix does not exist.
 
 Gradients follow open_clip's convention: **the mean over the processes**, which is what
 ``DistributedDataParallel`` makes of the parameters' gradients, is exactly the gradient of the loss of the whole
@@ -17,15 +19,15 @@ line trains alone and under ``torchrun``.
 from __future__ import annotations
 
 from typing import Any, Literal, Unpack, overload
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checks, losses, ops
+from . import checks, losses, ops, ring
 from .backends import choose_backend
 from .checks import Number
+from .exchange import Group, agree, gather, place, scatter_sum
 from .losses import MIOOptions, SigLIPOptions
 from .reference import PairStats
 
@@ -37,30 +39,43 @@ __all__ = [
     "siglip_loss",
 ]
 
-Group = Any  #: a torch.distributed process group, None: the default one
-
-# torch 2.14 gave these their names and deprecated the old ones; a torch built without distribution has none.
-_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
-
 
 @overload
 def mio_loss(
-    z1: Tensor, z2: Tensor, *, group: Group = ..., return_stats: Literal[False] = ..., **options: Unpack[MIOOptions]
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    group: Group = ...,
+    exchange: str = ...,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[MIOOptions],
 ) -> Tensor: ...
 @overload
 def mio_loss(
-    z1: Tensor, z2: Tensor, *, group: Group = ..., return_stats: Literal[True], **options: Unpack[MIOOptions]
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    group: Group = ...,
+    exchange: str = ...,
+    return_stats: Literal[True],
+    **options: Unpack[MIOOptions],
 ) -> tuple[Tensor, PairStats]: ...
 @overload
 def mio_loss(
-    z1: Tensor, z2: Tensor, *, group: Group = ..., return_stats: bool, **options: Unpack[MIOOptions]
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    group: Group = ...,
+    exchange: str = ...,
+    return_stats: bool,
+    **options: Unpack[MIOOptions],
 ) -> Tensor | tuple[Tensor, PairStats]: ...
 def mio_loss(
     z1: Tensor,
     z2: Tensor,
     *,
     group: Group = None,
+    exchange: str = "auto",
     temperature: Number = 0.5,
     negative_temperature: Number | None = None,
     regularizer: Number = 1.0,
@@ -76,24 +91,26 @@ def mio_loss(
     processes is right; see :mod:`mio_ext.distributed`.
 
     Its G_ij = ∂L/∂s_ij is symmetric (eq. (7)–(8)), so a row's gradient as a row and as a column are the same
-    and eq. (9) needs own rows of G only: one all-gather of [2B, D] and one all-reduce of nine numbers in the
-    forward pass, **no communication in the backward pass**.
+    and eq. (9) needs own rows of G only: one all-gather of [2B, D], or one trip of them round the ring, and one
+    all-reduce of nine numbers in the forward pass, **no communication in the backward pass**.
 
     Args:
-        z1, z2: [B, D], B ≥ 1; the same B and D on every process.
+        z1, z2: [B, D], B ≥ 1; the same D on every process. B may differ: a sample counts as much on any process.
         group: the process group; None: the default one.
+        exchange: "auto", "gather" or "ring", how own rows meet those of the others; the same on every process.
         labels: integers [B] of the own samples.
             Everything else as in :func:`mio_ext.mio_loss`, and the same on every process.
 
     Raises:
-        TypeError, ValueError: a bad argument; B is not the same on all processes. On a GPU that is looked
-            at only the first time a process sees a B, for the answer makes the host wait.
-        RuntimeError: the backend cannot run here; a second derivative was asked for.
+        TypeError, ValueError: a bad argument; the processes do not agree on D, dtype, labels or exchange. They ask
+            each other from host to host before anything else is sent; no GPU is waited for. ``torch.compile`` skips
+            that, so there every B must be the same.
+        RuntimeError: the backend cannot run here; a second derivative was asked for; a process is gone.
 
     Source: arXiv 2111.12664, version 1.
     """
     op = "mio_loss"
-    rank, world = place(op, group)
+    _, world = place(op, group)
     if world == 1:
         return losses.mio_loss(
             z1,
@@ -109,28 +126,42 @@ def mio_loss(
     scale, bias, regularizer, ids = losses.mio_arguments(
         op, z1, z2, temperature, negative_temperature, regularizer, bias, labels, processes=world
     )
+    z1, z2 = checks.in_one_dtype(z1, z2)
     backend = choose_backend(op, backend, z1)
-    batch, dim = z1.shape
-    _check_same_rows(op, "z1", batch, z1.device, group)
     x = torch.cat([z1, z2])
-    all_ids = None if ids is None else _gather(ids, group)
+    plan = agree(op, group, x, len(x), ids=ids is not None, form=exchange)
+    batch, dim = sum(plan.rows) // 2, z1.shape[1]
+    if plan.ring:
+        if ids is None:
+            weights = losses.mio_weights(batch, dim, regularizer, None)
+        else:
+            equal = ring.count_positives(op, group, plan, ids, ids).sum()
+            dist.all_reduce(equal, group=group)
+            weights = losses.supervised_weights(2 * batch, dim, regularizer, equal)
+        loss, stats = ring.pairwise_bce(
+            op, group, plan, x, scale=scale, bias=bias, weights=weights, x_ids=ids, y_ids=ids, normalize=True,
+            backend=backend,
+        )  # fmt: skip
+        return (loss, PairStats(*stats.unbind())) if return_stats else loss
+    all_ids = None if ids is None else gather(ids, plan.rows, group)
     loss, stats = ops.pairwise_bce(
         _Twice.apply(x),  # as a row and as a column
-        _gather(x.detach(), group),  # rank by rank [z1; z2]
+        gather(x.detach(), plan.rows, group),  # rank by rank [z1; z2]
         scale=scale,
         bias=bias,
-        weights=losses.mio_weights(world * batch, dim, regularizer, all_ids),
+        weights=losses.mio_weights(batch, dim, regularizer, all_ids),
         x_ids=ids,
         y_ids=all_ids,
-        shift=batch,
-        offset=rank * 2 * batch,
+        shift=len(z1),
+        offset=plan.start,
         exclude_self=True,
         normalize=True,
         backend=backend,
     )
-    value, stats = _sum_over_processes(loss.detach(), stats, group)
-    loss = _Value.apply(loss, value, world)
-    return (loss, PairStats(*stats.unbind())) if return_stats else loss
+    total = ring.totals(loss, stats)
+    dist.all_reduce(total, group=group)
+    loss = _Value.apply(loss, total[0].to(loss.dtype), world)
+    return (loss, PairStats(*ring.statistics(total).unbind())) if return_stats else loss
 
 
 @overload
@@ -141,6 +172,7 @@ def siglip_loss(
     logit_bias: Number | None = ...,
     *,
     group: Group = ...,
+    exchange: str = ...,
     return_stats: Literal[False] = ...,
     **options: Unpack[SigLIPOptions],
 ) -> Tensor: ...
@@ -152,6 +184,7 @@ def siglip_loss(
     logit_bias: Number | None = ...,
     *,
     group: Group = ...,
+    exchange: str = ...,
     return_stats: Literal[True],
     **options: Unpack[SigLIPOptions],
 ) -> tuple[Tensor, PairStats]: ...
@@ -163,6 +196,7 @@ def siglip_loss(
     logit_bias: Number | None = ...,
     *,
     group: Group = ...,
+    exchange: str = ...,
     return_stats: bool,
     **options: Unpack[SigLIPOptions],
 ) -> Tensor | tuple[Tensor, PairStats]: ...
@@ -173,6 +207,7 @@ def siglip_loss(
     logit_bias: Number | None = None,
     *,
     group: Group = None,
+    exchange: str = "auto",
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     normalize: bool = False,
@@ -188,16 +223,18 @@ def siglip_loss(
     As in open_clip the value is that of the own images, divided by their number, and is not averaged over
     processes; its mean over them is the loss of the whole batch, and the mean of the gradients its gradient.
 
-    One all-gather of the texts forward, one reduce-scatter of their gradient backward (in float32, none for
-    frozen texts): 3 units of 2·M·(K·W)·D operations. A second sweep over own texts × gathered images would
-    spare the reduce-scatter for a second all-gather of the same size, but takes 4 units, and would be wrong
-    where processes weigh their losses differently.
+    "gather": one all-gather of the texts forward, one reduce-scatter of their gradient backward (in float32, none
+    for frozen texts): 3 units of 2·M·(K·W)·D operations. "ring": a block of texts travels with its gradient, to which
+    every process adds, and nothing is sent backward; so **all processes must weigh their losses alike** (a scaler's
+    common scale is fine). Where they do not, pass "gather", which is right for any weights.
 
     Args:
         image_features: [M, D].
-        text_features: [K, D], the same K and D on every process; text i is the positive of image i, so M ≤ K,
-            unless ids say otherwise.
+        text_features: [K, D], the same D on every process; text i is the positive of image i, so M ≤ K, unless ids
+            say otherwise. M and K may differ from process to process: the value is then W/ΣM instead of 1/M times
+            the sum, so that its mean over processes is the loss of the whole batch.
         group: the process group; None: the default one.
+        exchange: "auto", "gather" or "ring"; the same on every process.
         image_ids, text_ids: integers [M] and [K]; pairs of one id are positive on whatever processes they are.
             Everything else as in :func:`mio_ext.siglip_loss`; scale and bias the same on every process.
 
@@ -207,34 +244,56 @@ def siglip_loss(
     Source: arXiv 2303.15343, algorithm 1.
     """
     op = "siglip_loss"
-    rank, world = place(op, group)
-    offset = 0
-    if world > 1:
-        # What only one process would complain about must be found before the others wait for it.
-        checks.check_features(op, image_features=image_features, text_features=text_features)
-        m, k = len(image_features), len(text_features)
-        if image_ids is not None and text_ids is not None:
-            checks.check_ids(op, "text_ids", text_ids, k, image_features)
-        elif m > k:
-            raise ValueError(f"{op}: text_features must have a text for each of {m} images, got {k}")
-        _check_same_rows(op, "text_features", k, text_features.device, group)
-        text_features = gather_rows(text_features, group)
-        if text_ids is not None:
-            text_ids = _gather(text_ids, group)
-        else:
-            offset = rank * k
-    return losses.siglip_loss(
-        image_features,
-        text_features,
-        logit_scale,
-        logit_bias,
-        image_ids=image_ids,
-        text_ids=text_ids,
-        text_offset=offset,
-        normalize=normalize,
-        backend=backend,
-        return_stats=return_stats,
+    _, world = place(op, group)
+    if world == 1:
+        return losses.siglip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            normalize=normalize,
+            backend=backend,
+            return_stats=return_stats,
+        )
+    # What only one process would complain about must be found before the others wait for it.
+    logit_scale, logit_bias, image_ids, text_ids = losses.siglip_arguments(
+        op, image_features, text_features, logit_scale, logit_bias, image_ids, text_ids
     )
+    image_features, text_features = checks.in_one_dtype(image_features, text_features)
+    m, k = len(image_features), len(text_features)
+    if image_ids is None and m > k:
+        raise ValueError(f"{op}: text_features must have a text for each of {m} images, got {k}")
+    backend = choose_backend(op, backend, image_features)
+    plan = agree(
+        op,
+        group,
+        text_features,
+        m,
+        ids=text_ids is not None,
+        gradient=torch.is_grad_enabled() and text_features.requires_grad,
+        form=exchange,
+    )
+    weight = world / sum(plan.own)  # of equal batches 1/M; else so that the mean over processes is that of all images
+    numbers: Any = {
+        "scale": (logit_scale, logit_scale), "bias": logit_bias, "weights": (weight, weight, 0.0),
+        "normalize": normalize, "backend": backend,
+    }  # fmt: skip
+    if plan.ring:
+        if image_ids is not None and text_ids is not None:
+            losses.check_positives(op, image_ids, ring.count_positives(op, group, plan, image_ids, text_ids))
+        loss, stats = ring.pairwise_bce(
+            op, group, plan, image_features, text_features, x_ids=image_ids, y_ids=text_ids, **numbers
+        )
+    else:
+        texts = _GatherRows.apply(text_features, plan.rows, group)
+        if image_ids is not None and text_ids is not None:
+            text_ids = gather(text_ids, plan.rows, group)
+            losses.check_every_row_has_a_positive(op, image_ids, text_ids)
+        offset = plan.start if text_ids is None else 0
+        loss, stats = ops.pairwise_bce(image_features, texts, x_ids=image_ids, y_ids=text_ids, offset=offset, **numbers)
+    return (loss, PairStats(*stats.unbind())) if return_stats else loss
 
 
 def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
@@ -243,7 +302,7 @@ def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     Backward: the own rows' gradient, summed over the losses of all processes, in float32 or better.
     """
     _, world = place("gather_rows", group)
-    return rows if world == 1 else _GatherRows.apply(rows, group)  # type: ignore[no-any-return]
+    return rows if world == 1 else _GatherRows.apply(rows, [len(rows)] * world, group)  # type: ignore[no-any-return]
 
 
 def global_sum(loss: Tensor, group: Group = None) -> Tensor:
@@ -257,64 +316,6 @@ def global_sum(loss: Tensor, group: Group = None) -> Tensor:
     value = loss.detach().clone()
     dist.all_reduce(value, group=group)
     return _Value.apply(loss, value, world)  # type: ignore[no-any-return]
-
-
-def place(op: str, group: Group) -> tuple[int, int]:
-    """(rank, number of processes) in the group; (0, 1) where there is no default process group."""
-    if group is None and not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError(f"{op}: group must be one that this process belongs to")
-    return rank, dist.get_world_size(group)
-
-
-#: Numbers of rows that a group has agreed on.
-_agreed: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
-
-
-def _check_same_rows(op: str, argument: str, rows: int, device: torch.device, group: Group) -> None:
-    """Gloo aborts the process and NCCL hangs where sizes differ, so nobody gathers before they agree.
-
-    Always on the CPU; on a GPU, where reading the answer stalls it, once for each number of rows.
-    """
-    if torch.compiler.is_compiling():
-        return
-    agreed = _agreed.setdefault(group or dist.group.WORLD, set())
-    if device.type != "cpu" and rows in agreed:
-        return
-    bounds = torch.tensor([rows, -rows], device=device)
-    dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
-    most, least = int(bounds[0]), -int(bounds[1])
-    if most != least:
-        raise ValueError(
-            f"{op}: {argument} must have the same number of rows on every process, got {rows} here and "
-            f"{least} to {most} over all (drop or fill the last batch of an epoch)"
-        )
-    agreed.add(rows)
-
-
-def _gather(rows: Tensor, group: Group) -> Tensor:
-    """[W·M, ...] of every process's [M, ...], without gradient."""
-    gathered = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    _all_gather(gathered, rows.contiguous(), group=group)
-    return gathered
-
-
-def _sum_over_processes(loss: Tensor, stats: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """The loss and the statistics of all rows from those of each process's rows, in one all-reduce."""
-    counts, means = stats[:2], stats[2:]
-    pairs = counts.repeat(3)  # means alternate between positives and negatives
-    sums = torch.where(pairs > 0, means * pairs, 0)  # a mean over no pairs is NaN
-    total = torch.cat([loss.double()[None], counts, sums])
-    dist.all_reduce(total, group=group)
-    counts = total[1:3]
-    return total[0].to(loss.dtype), torch.cat([counts, total[3:] / counts.repeat(3)])
-
-
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError("a loss over a process group has no second derivative; drop create_graph=True")
 
 
 class _Twice(torch.autograd.Function):
@@ -339,22 +340,19 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        _refuse_second_derivative()
+        ring.refuse_second_derivative()
         return ctx.factor * grad, None, None
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _gather(rows, group)
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return gather(rows, sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        _refuse_second_derivative()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ring.refuse_second_derivative()
         # Summed in 16 bits the error would grow with the number of processes.
-        partial = grad.to(checks.loss_dtype(grad.dtype)).contiguous()
-        world = dist.get_world_size(ctx.group)
-        own = partial.new_empty(partial.shape[0] // world, *partial.shape[1:])
-        _reduce_scatter(own, partial, group=ctx.group)
-        return own.to(grad.dtype), None
+        partial = grad.to(checks.loss_dtype(grad.dtype))
+        return scatter_sum(partial, ctx.sizes, ctx.group).to(grad.dtype), None, None

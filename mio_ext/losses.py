@@ -149,10 +149,15 @@ def mio_arguments(
 
 def mio_weights(batch: int, dim: int, regularizer: Number, ids: Tensor | None) -> tuple[Number, Number, Number]:
     """(w_p, w_n, w_l) of eq. (12) for a whole batch; with the ids of all its N = 2B rows, of eq. (13)."""
-    n = 2 * batch
     if ids is None:
+        n = 2 * batch
         return 1 / n, 1 / (n * (n - 2)), regularizer / (batch * dim)
-    positives = _positives_per_row(ids, ids).sum().double() - n
+    return supervised_weights(2 * batch, dim, regularizer, _positives_per_row(ids, ids).sum())
+
+
+def supervised_weights(n: int, dim: int, regularizer: Number, equal: Tensor) -> tuple[Number, Number, Number]:
+    """(w_p, w_n, w_l) of eq. (13) for n rows, of which ``equal`` pairs, each row with itself too, share a label."""
+    positives = equal.double() - n
     negatives = n * (n - 1) - positives
     # A label that all rows share leaves no negatives, and eq. (13) no negative term.
     return 1 / positives, torch.where(negatives > 0, 1 / negatives, 0), 2 * regularizer / (positives * dim)
@@ -253,29 +258,19 @@ def siglip_loss(
     Source: arXiv 2303.15343, algorithm 1.
     """
     op = "siglip_loss"
-    checks.check_features(op, image_features=image_features, text_features=text_features)
+    logit_scale, logit_bias, image_ids, text_ids = siglip_arguments(
+        op, image_features, text_features, logit_scale, logit_bias, image_ids, text_ids
+    )
     image_features, text_features = checks.in_one_dtype(image_features, text_features)
     m, k = image_features.shape[0], text_features.shape[0]
-    if m == 0 or k == 0 or text_features.shape[1] != image_features.shape[1]:
-        raise ValueError(
-            f"{op}: text_features must be [K, D] with the D of image_features and no side empty, "
-            f"got {list(image_features.shape)} and {list(text_features.shape)}"
-        )
-    logit_scale = checks.check_number(op, "logit_scale", logit_scale, image_features, positive=True)
-    logit_bias = checks.check_number(op, "logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
     if type(text_offset) is not int:
         if isinstance(text_offset, bool) or not isinstance(text_offset, torch.SymInt | numbers.Integral):
             raise TypeError(f"{op}: text_offset must be an int, got {type(text_offset).__name__}")
         text_offset = text_offset if isinstance(text_offset, torch.SymInt) else int(text_offset)
-    if (image_ids is None) != (text_ids is None):
-        raise ValueError(f"{op}: image_ids and text_ids must be given together")
     if image_ids is not None and text_ids is not None:
         if negative_only or text_offset:
             raise ValueError(f"{op}: ids already say what is positive; drop text_offset and negative_only")
-        checks.check_ids(op, "image_ids", image_ids, m, image_features)
-        checks.check_ids(op, "text_ids", text_ids, k, image_features)
-        image_ids, text_ids = image_ids.long(), text_ids.long()
-        _check_every_row_has_a_positive(op, image_ids, text_ids)
+        check_every_row_has_a_positive(op, image_ids, text_ids)
     elif not negative_only and not 0 <= text_offset <= k - m:
         raise ValueError(
             f"{op}: image i's text is row text_offset + i of text_features, so text_offset must be in "
@@ -296,16 +291,48 @@ def siglip_loss(
     return (loss, PairStats(*stats.unbind())) if return_stats else loss
 
 
+def siglip_arguments(
+    op: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Number,
+    logit_bias: Number | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+) -> tuple[Number, Number, Tensor | None, Tensor | None]:
+    """(scale, bias, int64 ids of both sides) from the checked arguments of :func:`siglip_loss`; errors name ``op``."""
+    checks.check_features(op, image_features=image_features, text_features=text_features)
+    m, k = image_features.shape[0], text_features.shape[0]
+    if m == 0 or k == 0 or text_features.shape[1] != image_features.shape[1]:
+        raise ValueError(
+            f"{op}: text_features must be [K, D] with the D of image_features and no side empty, "
+            f"got {list(image_features.shape)} and {list(text_features.shape)}"
+        )
+    like = text_features if text_features.dtype is torch.float64 else image_features  # whose arithmetic is the loss's
+    logit_scale = checks.check_number(op, "logit_scale", logit_scale, like, positive=True)
+    logit_bias = checks.check_number(op, "logit_bias", 0.0 if logit_bias is None else logit_bias, like)
+    if (image_ids is None) != (text_ids is None):
+        raise ValueError(f"{op}: image_ids and text_ids must be given together")
+    if image_ids is not None and text_ids is not None:
+        checks.check_ids(op, "image_ids", image_ids, m, image_features)
+        checks.check_ids(op, "text_ids", text_ids, k, image_features)
+        image_ids, text_ids = image_ids.long(), text_ids.long()
+    return logit_scale, logit_bias, image_ids, text_ids
+
+
 def _positives_per_row(x_ids: Tensor, y_ids: Tensor) -> Tensor:
     """How many columns share each row's id, in O((M + K) log K) and without an M × K mask."""
     columns = y_ids.sort().values
     return torch.searchsorted(columns, x_ids, right=True) - torch.searchsorted(columns, x_ids)
 
 
-def _check_every_row_has_a_positive(op: str, image_ids: Tensor, text_ids: Tensor) -> None:
-    if image_ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # reading the answer would stall the GPU, or break the graph
-    positives = _positives_per_row(image_ids, text_ids)
+def check_every_row_has_a_positive(op: str, image_ids: Tensor, text_ids: Tensor) -> None:
+    if image_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_positives(op, image_ids, _positives_per_row(image_ids, text_ids))
+
+
+def check_positives(op: str, image_ids: Tensor, positives: Tensor) -> None:
+    """Refuse an image without a text, where the host can look: on a GPU that would stall it."""
     if not checks.is_readable(positives):
         return
     lonely = (positives == 0).nonzero()

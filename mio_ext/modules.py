@@ -59,9 +59,9 @@ class SigLIPLoss(nn.Module):
     """Drop-in for open_clip's ``SigLipLoss``: same constructor, call, value and gradients.
 
     With ``world_size`` > 1 it is :func:`mio_ext.distributed.siglip_loss` over the default process group.
-    ``cache_labels``, ``chunk_size`` and ``dist_impl`` are accepted and change nothing: there is no label
-    matrix to cache, memory never grows with the square of the batch, and open_clip's ways of passing the
-    texts round ("bidir", "shift", "reduce", "gather") give one value and one gradient.
+    ``cache_labels`` and ``chunk_size`` are accepted and change nothing: there is no label matrix to cache, and
+    memory never grows with the square of the batch. Of open_clip's ways of passing the texts round "bidir" and
+    "shift" are ``exchange="ring"`` there, "reduce" and "gather" are "gather", and None is "auto".
 
     Raises:
         ValueError: a rank that is not in [0, world_size), or a ``dist_impl`` that open_clip does not know.
@@ -85,6 +85,7 @@ class SigLIPLoss(nn.Module):
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(f"SigLIPLoss: dist_impl must be bidir, shift, reduce or gather, got {dist_impl!r}")
         self.rank, self.world_size = rank, world_size
+        self.exchange = "auto" if dist_impl is None else "ring" if dist_impl in ("bidir", "shift") else "gather"
         self.backend = backend
 
     def forward(
@@ -103,5 +104,7 @@ class SigLIPLoss(nn.Module):
                     f"SigLIPLoss: this process must be rank {self.rank} of {self.world_size} in the default process "
                     f"group, got rank {place[0]} of {place[1]} (torch.distributed.init_process_group comes first)"
                 )
-            loss = distributed.siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
+            loss = distributed.siglip_loss(
+                image_features, text_features, logit_scale, logit_bias, exchange=self.exchange, backend=self.backend
+            )
         return {"contrastive_loss": loss} if output_dict else loss

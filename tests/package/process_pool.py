@@ -32,7 +32,7 @@ class Pool:
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *args: Any, ranks: int = WORLD) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
         connections = self.connections[:ranks]
         for connection in connections:
             connection.send((function, args))

@@ -11,7 +11,7 @@ from conftest import TOLERANCE, relative_error
 from process_pool import WORLD, groups
 
 import mio_ext
-from mio_ext import MIOLoss, SigLIPLoss, distributed, mio_loss, reference
+from mio_ext import MIOLoss, SigLIPLoss, distributed, exchange, mio_loss, reference
 
 
 def whole_batch(batch: int, dim: int, seed: int = 0):
@@ -120,8 +120,8 @@ def test_one_process_is_the_plain_loss(pool):
 
 def gathered_dtypes(dtype):
     seen = []
-    gather = distributed._all_gather
-    distributed._all_gather = lambda out, own, group: seen.append(own.dtype) or gather(out, own, group=group)
+    gather = exchange.all_gather
+    exchange.all_gather = lambda out, own, group: seen.append(own.dtype) or gather(out, own, group=group)
     try:
         z1, z2 = (z.to(dtype).requires_grad_() for z in whole_batch(4, 8))
         distributed.mio_loss(z1, z2).backward()
@@ -129,8 +129,8 @@ def gathered_dtypes(dtype):
         with torch.no_grad():
             assert not distributed.mio_loss(z1, z2).requires_grad
     finally:
-        distributed._all_gather = gather
-    return seen
+        exchange.all_gather = gather
+    return [d for d in seen if d.is_floating_point]
 
 
 def test_features_travel_in_their_own_16_bits(pool):
@@ -292,8 +292,15 @@ def second_derivative_of_texts(rank, z):
 
 
 CASES = {
-    "rows": lambda rank, z: distributed.mio_loss(z, z),
-    "texts": lambda rank, z: distributed.siglip_loss(z[:3], z, 1.0),
+    "a width of one's own": lambda rank, z: distributed.mio_loss(z[:, rank == 1 :], z[:, rank == 1 :]),
+    "a type of one's own": lambda rank, z: distributed.siglip_loss(*2 * (z.double() if rank == 1 else z,), 1.0),
+    "labels of one's own": lambda rank, z: distributed.mio_loss(
+        z, z, labels=None if rank == 1 else torch.arange(len(z))
+    ),
+    "frozen texts of one's own": lambda rank, z: distributed.siglip_loss(z, z.detach() if rank == 1 else z, 1.0),
+    "a form of one's own": lambda rank, z: distributed.mio_loss(z, z, exchange="ring" if rank == 1 else "gather"),
+    "another loss": lambda rank, z: distributed.siglip_loss(z, z, 1.0) if rank == 1 else distributed.mio_loss(z, z),
+    "no form": lambda rank, z: distributed.mio_loss(z, z, exchange="shift"),
     "no rows": lambda rank, z: distributed.mio_loss(z[:0], z[:0]),
     "too few texts": lambda rank, z: distributed.siglip_loss(z[:3], z[:2], 1.0),
     "width": lambda rank, z: distributed.mio_loss(z, z[:, :2]),
@@ -307,9 +314,16 @@ CASES = {
     "second of texts": second_derivative_of_texts,
 }
 SENTENCES = {
-    "rows": r"ValueError: mio_loss: z1 must have the same number of rows on every process, got [34] here and 3 to 4 "
-    r"over all \(drop or fill the last batch of an epoch\)",
-    "texts": r"ValueError: siglip_loss: text_features must have the same number of rows on every process, got .*",
+    "a width of one's own": r"ValueError: mio_loss: the width D of the features must be the same on every process, "
+    r"got [56] here and [56] elsewhere",
+    "a type of one's own": r"ValueError: siglip_loss: the dtype of the features must be the same on every process, "
+    r"got torch.float(32|64) here and torch.float(32|64) elsewhere",
+    "labels of one's own": r"ValueError: mio_loss: labels or ids, given or not, must be the same on every process, "
+    r"got (False|True) here and (False|True) elsewhere",
+    "frozen texts of one's own": r"ValueError: siglip_loss: requires_grad of text_features must be the same .*",
+    "a form of one's own": r"ValueError: mio_loss: exchange must be the same on every process, got .*",
+    "another loss": r"ValueError: (mio|siglip)_loss: every process must call it, process [01] called (mio|siglip)_loss",
+    "no form": r"ValueError: mio_loss: exchange must be auto, gather, ring, got 'shift'",
     "no rows": r"ValueError: mio_loss: z1 must have at least 1 row, got \[0, 6\]",
     "too few texts": r"ValueError: siglip_loss: text_features must have a text for each of 3 images, got 2",
     "width": r"ValueError: mio_loss: z2 must be \[B, D\] like z1 .*",
