@@ -4,6 +4,7 @@
 // capability 9.0 where there are such. tests/package/test_cuda.py builds it.
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "cuda/host.h"
 
 namespace mio_ext {
@@ -22,6 +23,11 @@ TORCH_LIBRARY(mio_ext_emulated, m) {
   const std::string schema = std::string(kArguments) + kOutputs;
   m.def(("portable" + schema).c_str());
   m.def(("hopper" + schema).c_str());
+}
+constexpr char kPortable[] = "mio_ext_emulated::portable", kHopperOp[] = "mio_ext_emulated::hopper";
+TORCH_LIBRARY_IMPL(mio_ext_emulated, Autograd, m) {
+  m.impl("portable", differentiable<kPortable>);
+  m.impl("hopper", differentiable<kHopperOp>);
 }
 TORCH_LIBRARY_IMPL(mio_ext_emulated, CPU, m) {
   m.impl("portable", from_dispatcher<emulated<false>>);
