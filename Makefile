@@ -7,12 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help pretrain test kill build lint format hook cpp package bench bench-check gpu-check clean
+.PHONY: help pretrain test fuzz kill sanitize build lint format hook cpp package bench bench-check gpu-check clean
 
 help:
 	@echo "make pretrain   set up, build, and pre-train on the default data (ARGS='--epochs 5' adds options)"
 	@echo "make test       set up for development, build, and run the test suite"
+	@echo "make fuzz       new problems for the losses, on every backend (SECONDS=600)"
 	@echo "make kill       kill a small training 50 times, fill its disk, and see that nothing is lost; some minutes"
+	@echo "make sanitize   the C++ test of the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make build      the set-up alone: $(VENV) and the extension in place"
 	@echo "make lint       ruff, clang-format and mypy        make format   let them mend what they can"
 	@echo "make hook       have git run make lint before each commit"
@@ -51,6 +53,12 @@ pretrain: build
 
 test: $(VENV)/installed-dev build
 	$(BIN)/python -m pytest $(ARGS)
+
+# New problems on every backend until the time is up or one fails.
+SECONDS ?= 600
+fuzz: $(VENV)/installed-dev build
+	@end=$$(( $$(date +%s) + $(SECONDS) )); while [ $$(date +%s) -lt $$end ]; do \
+		MIO_FUZZ=1 $(BIN)/python -m pytest -q -x tests/package/test_fuzz_op.py tests/package/test_fuzz_losses.py || exit 1; done
 
 kill: build
 	$(BIN)/python tests/train/kill.py $(ARGS)

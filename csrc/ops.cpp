@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schemas of mio_ext's ops, and the contract behind them. Implementations register themselves in csrc/<device>/;
-// the fake implementation and the autograd function are in mio_ext/ops.py.
+// the fake implementation is in mio_ext/ops.py, the gradient in csrc/autograd.h.
 #include <torch/library.h>
 
 #include <string>
 
+#include "autograd.h"
 #include "call.h"
 
 namespace mio_ext {
@@ -25,7 +26,7 @@ TORCH_LIBRARY(mio_ext, m) {
   // params: (a_p, a_n, b, w_p, w_n, w_l) as a tensor [6] of the loss's dtype on x's device, never
   //     read by the host; None: the same six numbers are in `constants`, which is empty otherwise.
   //     A scale a that is not positive and finite makes the loss NaN. w_l must be 0 without normalize.
-  // needs_grad: for x, y and params.
+  // needs_grad: for x, y and params; what requires a gradient gets one anyway.
   // x2: more rows of x, which follow its own; M, ids and dx are of all of them.
   //
   // loss, dparams [6]: float32, float64 for float64 inputs. dx [M, D], dy [K, D]: the same, so that a
@@ -37,6 +38,13 @@ TORCH_LIBRARY(mio_ext, m) {
   m.def(("pairwise_bce_triton" + arguments + kOutputs).c_str());
   // What every implementation asks of its arguments, for those that are not in C++.
   m.def(("check_inputs" + arguments + "()").c_str());
+}
+
+constexpr char kOp[] = "mio_ext::pairwise_bce", kTriton[] = "mio_ext::pairwise_bce_triton";
+
+TORCH_LIBRARY_IMPL(mio_ext, Autograd, m) {
+  m.impl("pairwise_bce", differentiable<kOp>);
+  m.impl("pairwise_bce_triton", differentiable<kTriton>);
 }
 
 TORCH_LIBRARY_IMPL(mio_ext, CompositeExplicitAutograd, m) { m.impl("check_inputs", from_dispatcher<only_check>); }

@@ -109,6 +109,11 @@ def choose_backend(op: str, backend: str, features: Tensor) -> str:
         raise ValueError(f"{op}: backend 'cpu' needs features on the CPU, got {device}")
     if backend in ("cuda", "triton") and device.type != "cuda" and not (backend == "triton" and interpreted()):
         raise ValueError(f"{op}: backend {backend!r} needs features on a CUDA GPU, got {device}")
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            f"{op}: torch.jit.trace, and so TensorBoard's add_graph, cannot record backend {backend!r}; "
+            "pass backend='reference', or use torch.export"
+        )
     return backend
 
 

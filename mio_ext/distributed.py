@@ -126,6 +126,7 @@ def mio_loss(
     scale, bias, regularizer, ids = losses.mio_arguments(
         op, z1, z2, temperature, negative_temperature, regularizer, bias, labels, processes=world
     )
+    z1, z2 = checks.in_one_dtype(z1, z2)
     backend = choose_backend(op, backend, z1)
     x = torch.cat([z1, z2])
     plan = agree(op, group, x, len(x), ids=ids is not None, form=exchange)
@@ -260,6 +261,7 @@ def siglip_loss(
     logit_scale, logit_bias, image_ids, text_ids = losses.siglip_arguments(
         op, image_features, text_features, logit_scale, logit_bias, image_ids, text_ids
     )
+    image_features, text_features = checks.in_one_dtype(image_features, text_features)
     m, k = len(image_features), len(text_features)
     if image_ids is None and m > k:
         raise ValueError(f"{op}: text_features must have a text for each of {m} images, got {k}")

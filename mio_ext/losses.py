@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Literal, TypedDict, Unpack, overload
 
 import torch
@@ -61,12 +62,14 @@ def mio_loss(
 
     Args:
         z1, z2: [B, D], B ≥ 2, float32, float64, bfloat16 or float16; row b of both is sample b.
-            They need not be normalised. A zero row counts with cosine 0 and gets gradient 0.
+            They need not be normalised. A zero row counts with cosine 0 and gets gradient 0. Where one is of a
+            narrower type than the other, it is converted to the type that holds both.
         temperature: for positive pairs, and for negative ones unless ``negative_temperature`` is given.
         regularizer: λ; weight of the squared distance between the views.
         bias: added to every logit; None is 0.
             Temperatures, regularizer and bias: a float, or a tensor of one element ([] or [1]), which gets its
-            gradient if it requires one. A float is checked; a tensor's value is never read on the host,
+            gradient if it requires one. A float is checked: up to 1e30 in magnitude, a temperature from 1e-30
+            (1e300 for float64 features). A tensor's value is never read on the host,
             so a temperature that is not positive and finite shows as NaN in the loss. Under
             ``torch.compile`` a float that changes compiles anew, a tensor does not.
         labels: integers [B]; supervised MIO, eq. (13) of :mod:`mio_ext.reference`: every two rows of
@@ -88,6 +91,7 @@ def mio_loss(
     scale, bias, regularizer, ids = mio_arguments(
         op, z1, z2, temperature, negative_temperature, regularizer, bias, labels
     )
+    z1, z2 = checks.in_one_dtype(z1, z2)
     batch, dim = z1.shape
     loss, stats = ops.pairwise_bce(
         (z1, z2),
@@ -121,21 +125,25 @@ def mio_arguments(
     checks.check_features(op, z1=z1, z2=z2)
     if z2.shape != z1.shape:
         raise ValueError(f"{op}: z2 must be [B, D] like z1 ({list(z1.shape)}), got {list(z2.shape)}")
-    batch = len(z1)
+    batch = z1.shape[0]
     if batch < (2 if processes == 1 else 1):
         least = "at least 2 rows, else there are no negatives" if processes == 1 else "at least 1 row"
         raise ValueError(f"{op}: z1 must have {least}, got {list(z1.shape)}")
-    temperature = checks.check_number(op, "temperature", temperature, z1, positive=True)
+    like = z2 if z2.dtype is torch.float64 else z1  # whose arithmetic is the loss's
+    temperature = checks.check_number(op, "temperature", temperature, like, positive=True)
     if negative_temperature is None:
         negative_temperature = temperature
     else:
-        negative_temperature = checks.check_number(op, "negative_temperature", negative_temperature, z1, positive=True)
-    bias = 0.0 if bias is None else checks.check_number(op, "bias", bias, z1)
-    regularizer = checks.check_number(op, "regularizer", regularizer, z1)
+        negative_temperature = checks.check_number(
+            op, "negative_temperature", negative_temperature, like, positive=True
+        )
+    bias = 0.0 if bias is None else checks.check_number(op, "bias", bias, like)
+    regularizer = checks.check_number(op, "regularizer", regularizer, like)
     ids = None
     if labels is not None:
         checks.check_ids(op, "labels", labels, batch, z1)
-        ids = torch.cat([labels, labels]).long()
+        labels = labels.long()
+        ids = torch.cat([labels, labels])
     return (1 / temperature, 1 / negative_temperature), bias, regularizer, ids
 
 
@@ -225,9 +233,10 @@ def siglip_loss(
 
     Args:
         image_features: [M, D], float32, float64, bfloat16 or float16; unit rows, or pass ``normalize``.
-        text_features: [K, D]. Text ``text_offset + i`` is the positive of image i, so
+        text_features: [K, D], converted with the images to the type that holds both.
+            Text ``text_offset + i`` is the positive of image i, so
             M + text_offset ≤ K, unless ids say otherwise or there are no positives at all.
-        logit_scale: already exponentiated; a float > 0 or a tensor of one element.
+        logit_scale: already exponentiated; a float from 1e-30 to 1e30 or a tensor of one element.
         logit_bias: a float or a tensor of one element; None is 0.
             A tensor gets its gradient if it requires one; its value is never read on the host, so a scale
             that is not positive and finite shows as NaN in the loss.
@@ -252,9 +261,12 @@ def siglip_loss(
     logit_scale, logit_bias, image_ids, text_ids = siglip_arguments(
         op, image_features, text_features, logit_scale, logit_bias, image_ids, text_ids
     )
-    m, k = len(image_features), len(text_features)
-    if isinstance(text_offset, bool) or not isinstance(text_offset, int | torch.SymInt):
-        raise TypeError(f"{op}: text_offset must be an int, got {type(text_offset).__name__}")
+    image_features, text_features = checks.in_one_dtype(image_features, text_features)
+    m, k = image_features.shape[0], text_features.shape[0]
+    if type(text_offset) is not int:
+        if isinstance(text_offset, bool) or not isinstance(text_offset, torch.SymInt | numbers.Integral):
+            raise TypeError(f"{op}: text_offset must be an int, got {type(text_offset).__name__}")
+        text_offset = text_offset if isinstance(text_offset, torch.SymInt) else int(text_offset)
     if image_ids is not None and text_ids is not None:
         if negative_only or text_offset:
             raise ValueError(f"{op}: ids already say what is positive; drop text_offset and negative_only")
@@ -290,14 +302,15 @@ def siglip_arguments(
 ) -> tuple[Number, Number, Tensor | None, Tensor | None]:
     """(scale, bias, int64 ids of both sides) from the checked arguments of :func:`siglip_loss`; errors name ``op``."""
     checks.check_features(op, image_features=image_features, text_features=text_features)
-    m, k = len(image_features), len(text_features)
+    m, k = image_features.shape[0], text_features.shape[0]
     if m == 0 or k == 0 or text_features.shape[1] != image_features.shape[1]:
         raise ValueError(
             f"{op}: text_features must be [K, D] with the D of image_features and no side empty, "
             f"got {list(image_features.shape)} and {list(text_features.shape)}"
         )
-    logit_scale = checks.check_number(op, "logit_scale", logit_scale, image_features, positive=True)
-    logit_bias = checks.check_number(op, "logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
+    like = text_features if text_features.dtype is torch.float64 else image_features  # whose arithmetic is the loss's
+    logit_scale = checks.check_number(op, "logit_scale", logit_scale, like, positive=True)
+    logit_bias = checks.check_number(op, "logit_bias", 0.0 if logit_bias is None else logit_bias, like)
     if (image_ids is None) != (text_ids is None):
         raise ValueError(f"{op}: image_ids and text_ids must be given together")
     if image_ids is not None and text_ids is not None:
@@ -319,11 +332,11 @@ def check_every_row_has_a_positive(op: str, image_ids: Tensor, text_ids: Tensor)
 
 
 def check_positives(op: str, image_ids: Tensor, positives: Tensor) -> None:
-    """Refuse an image without a text; on a GPU, where reading the answer would stall it, do not look."""
-    if image_ids.device.type != "cpu":
+    """Refuse an image without a text, where the host can look: on a GPU that would stall it."""
+    if not checks.is_readable(positives):
         return
     lonely = (positives == 0).nonzero()
-    if len(lonely):
+    if lonely.shape[0]:
         row = int(lonely[0])
         raise ValueError(
             f"{op}: every image needs a text of its id, but image {row} (id {int(image_ids[row])}) has none"

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op ``mio_ext::pairwise_bce`` as Python sees it: its call, fake implementation, autograd.
+"""The op ``mio_ext::pairwise_bce`` as Python sees it: its call, its fake implementation, its rule for vmap.
 
-The schema is in csrc/ops.cpp, the arithmetic in csrc/cpu/sweep.h; backends.py says which implementation
-runs. That of its Triton twin ``mio_ext::pairwise_bce_triton`` is in triton/pairwise_bce.py, imported when first called.
+The schema is in csrc/ops.cpp, the gradient in csrc/autograd.h, the arithmetic in csrc/cpu/sweep.h; backends.py says
+which implementation runs. That of its Triton twin ``mio_ext::pairwise_bce_triton`` is in triton/pairwise_bce.py,
+imported when first called.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,9 @@ from torch import Tensor
 
 from . import backends, reference
 from .checks import Number, loss_dtype
+
+#: csrc/autograd.h asks for the gradients that are due.
+NO_GRAD = [False, False, False]
 
 
 class Call(NamedTuple):
@@ -63,7 +69,7 @@ def pairwise_bce(
     x, x2 = x if isinstance(x, tuple) else (x, None)
     if backend == "reference":
         x = x if x2 is None else torch.cat([x, x2])
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             loss, stats = reference.pairwise_bce(
                 _at_least_float32(x),
                 None if y is None else _at_least_float32(y),
@@ -83,13 +89,15 @@ def pairwise_bce(
     # A compiled graph would be specialised on constants, and weights change with the batch size.
     if torch.compiler.is_compiling() or not all(type(n) is float for n in constants):
         params, constants = _as_tensor(constants, x), []
-    needs_grad = [False, False, False]
-    if torch.is_grad_enabled():  # asked out here, for inside forward() gradients are always off
-        needs_grad[0] = x.requires_grad or (x2 is not None and x2.requires_grad)
-        needs_grad[1] = y is not None and y.requires_grad
-        needs_grad[2] = params is not None and params.requires_grad
-    call = Call(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs_grad, x2)
-    return PairwiseBCE.apply(x, x2, y, params, call, backend)  # type: ignore[no-any-return]
+    op = torch.ops.mio_ext.pairwise_bce_triton if backend == "triton" else torch.ops.mio_ext.pairwise_bce
+    call = Call(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, NO_GRAD, x2)
+    loss, stats, *_ = op.default(*call)
+    return loss, stats
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    # The meta device has none.
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _at_least_float32(t: Tensor) -> Tensor:
@@ -107,47 +115,6 @@ def _as_tensor(numbers: list[Number], like: Tensor) -> Tensor:
     )
 
 
-class PairwiseBCE(torch.autograd.Function):
-    """The differentiable face of the op. The gradient is made along with the loss; backward scales it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, x2: Tensor | None, y: Tensor | None, params: Tensor | None, call: Call, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        op = torch.ops.mio_ext.pairwise_bce_triton if backend == "triton" else torch.ops.mio_ext.pairwise_bce
-        loss, stats, dx, dy, dparams = op.default(*call)
-        ctx.save_for_backward(dx, dy, dparams)
-        ctx.needs_grad, ctx.dtype = call.needs_grad, x.dtype
-        ctx.halves = None if x2 is None else (x.shape[0], x2.shape[0])
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)  # zeros for stats would be a kernel launch
-        return loss, stats
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "pairwise_bce: a fused backend has no second derivative; pass backend='reference' for create_graph=True"
-            )
-        if grad_loss is None:
-            return None, None, None, None, None, None
-        saved, needed = ctx.saved_tensors, ctx.needs_grad
-        dx = _scaled(saved[0], grad_loss, ctx.dtype) if needed[0] else None
-        dy = _scaled(saved[1], grad_loss, ctx.dtype) if needed[1] else None
-        dparams = saved[2] * grad_loss if needed[2] else None
-        dx2 = None
-        if ctx.halves is not None and dx is not None:
-            dx, dx2 = dx.split_with_sizes(ctx.halves)
-        return dx, dx2, dy, dparams, None, None
-
-
-def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """In ``dtype``, rounded to 16 bits only after the product: a loss scale must be able to save small gradients."""
-    if gradient.dtype == dtype:
-        return gradient * by
-    return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))  # one kernel launch
-
-
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     x, y, x2 = call.x, call.y, call.x2
@@ -156,6 +123,20 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     shapes: tuple[Any, ...] = ((rows, x.shape[1]), (0,) if y is None else y.shape, (6,))
     gradients = (x.new_empty(s if n else (0,), dtype=dtype) for s, n in zip(shapes, call.needs_grad, strict=True))
     return x.new_empty((), dtype=dtype), x.new_empty(8, dtype=torch.float64), *gradients
+
+
+def _batched(name: str) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]:
+    """For torch.func.vmap: a call for each member of the batch, for the op has no such dimension."""
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        op = getattr(torch.ops.mio_ext, name).default
+        calls = []
+        for i in range(info.batch_size):
+            members = (a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True))
+            calls.append(op(*members))
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+    return rule
 
 
 def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -169,3 +150,4 @@ if backends.extension is not None:
     _library.impl("pairwise_bce_triton", _run_triton, "CPU" if backends.interpreted() else "CUDA")
     for _op in ("pairwise_bce", "pairwise_bce_triton"):
         torch.library.register_fake(f"mio_ext::{_op}", _fake)
+        torch.library.register_vmap(f"mio_ext::{_op}", _batched(_op))

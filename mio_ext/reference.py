@@ -118,19 +118,20 @@ def mio_loss(
     z = normalized(torch.cat([z1, z2]))  # (1)
     s = z @ z.T  # (2)
     if labels is not None:  # (13)
-        label = torch.cat([labels, labels])
+        label = torch.cat([labels.long()] * 2)
         other = ~torch.eye(n, dtype=torch.bool, device=z.device)
         same = label[:, None] == label
         positive, negative = same & other, ~same
-        loss_pos = softplus(-(s[positive] / tau_p + b)).mean()
-        loss_neg = softplus(s[negative] / tau_n + b).sum() / negative.sum().clamp(min=1)
-        squared_distance = (z[:, None] - z).square().sum(-1)[positive]
-        return loss_pos + loss_neg + regularizer * squared_distance.mean() / dim
+        pairs = positive.sum()
+        loss_pos = torch.where(positive, softplus(-(s / tau_p + b)), 0).sum() / pairs
+        loss_neg = torch.where(negative, softplus(s / tau_n + b), 0).sum() / negative.sum().clamp(min=1)
+        squared_distance = torch.where(positive, (z[:, None] - z).square().sum(-1), 0).sum() / pairs
+        return loss_pos + loss_neg + regularizer * squared_distance / dim
     index = torch.arange(n, device=z.device)
     partner = (index + batch) % n
     negative = (index[:, None] != index) & (partner[:, None] != index)
     loss_pos = softplus(-(s[index, partner] / tau_p + b)).sum() / n  # (3)
-    loss_neg = softplus(s / tau_n + b)[negative].sum() / (n * (n - 2))  # (4)
+    loss_neg = torch.where(negative, softplus(s / tau_n + b), 0).sum() / (n * (n - 2))  # (4)
     loss_reg = regularizer * (z[:batch] - z[batch:]).square().mean()  # (5)
     return loss_pos + loss_neg + loss_reg  # (6)
 
@@ -150,7 +151,7 @@ def siglip_loss(
     """Eq. (14), as written. Arguments as in :func:`mio_ext.siglip_loss`."""
     if normalize:
         image_features, text_features = normalized(image_features), normalized(text_features)
-    m, k = len(image_features), len(text_features)
+    m, k = image_features.shape[0], text_features.shape[0]
     logits = logit_scale * image_features @ text_features.T
     if logit_bias is not None:
         logits = logits + logit_bias

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from tests.package.process_pool import Pool
@@ -96,6 +97,19 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Pool]":
         pool = Pool(WORLD, tmp_path_factory.mktemp("group") / "rendezvous")
     yield pool
     pool.close()
+
+
+class GradientsAskedFor(TorchDispatchMode):
+    """Within it, ``seen`` gets the needs_grad that every implementation of the op is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith("mio_ext::pairwise_bce"):
+            self.seen.append(args[10])
+        return func(*args, **(kwargs or {}))
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
