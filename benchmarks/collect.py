@@ -52,7 +52,7 @@ def head_of(folder: Path) -> dict[str, Any]:
 def loss_rows(folder: Path) -> list[dict[str, Any]]:
     """Of all parts, those that were killed too."""
     rows = []
-    for part in ("loss-cuda", "loss-triton", "loss-peers", "loss-compile"):
+    for part in ("loss-cuda", "loss-triton", "loss-peers", "loss-wide", "loss-compile"):
         whole, lines = folder / f"{part}.json", folder / f"{part}.jsonl"
         if whole.exists():
             found = json.loads(whole.read_text())["results"]

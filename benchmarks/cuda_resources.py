@@ -4,13 +4,15 @@
     FORCE_CUDA=1 python setup.py build_ext && python benchmarks/cuda_resources.py
 
 Prints of every kernel: registers, stack, shared memory, blocks that fit on a multiprocessor of its capability, matrix
-instructions, exponentials and special functions per logit; of a sweep's main loop the instructions per logit, in each
-form of its terms (without the loss, of a known bound, of any, crossed by a diagonal; special functions in brackets) and
-around them, branches that are rarely taken included. Cubins may be named instead.
+instructions, exponentials and special functions per logit; of a main loop the bytes that it stores per logit, and the
+instructions, in each form of its terms (without the loss, of a known bound, of any, crossed by a diagonal; special
+functions in brackets) and around them, branches that are rarely taken included. Cubins may be named instead. The kernel
+called logits has each form twice, and around them the products of 64 features.
 
-Exit status 1 if a kernel uses local memory (a spill), if a sweep has matrix instructions of another kind than is due
-(HGMMA for 9.0a's own, else HMMA), waits for each of them or has more than two special functions per logit in its main
-loop, or if a kernel lacks exponentials: a compiler has left a whole branch out before.
+Exit status 1 if a kernel uses local memory (a spill), if one with a main loop has matrix instructions of another kind
+than is due (HGMMA for 9.0a's own, else HMMA), waits for each of them, has more than two special functions per logit
+there or stores anything but two bytes of G, where G is what it makes, or if a kernel lacks exponentials: a compiler has
+left a whole branch out before.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import NamedTuple
 from benchmarks.harness.machine_code import main_loop, tool
 from benchmarks.harness.paths import ROOT
 
-ROW = "{:<7} {:<23} {:>4} {:>5} {:>5} {:>9} {:>6} {:>6} {:>5} {:>10}  {}"
+ROW = "{:<7} {:<23} {:>4} {:>5} {:>5} {:>9} {:>6} {:>6} {:>5} {:>10} {:>7}  {}"
 HEAD = (
     "arch",
     "kernel",
@@ -39,10 +41,13 @@ HEAD = (
     "matrix",
     "EX2",
     "MUFU/logit",
+    "B/logit",
     "instructions/logit",
 )
 #: Of a multiprocessor, by architecture: KB of shared memory, of which a block takes one more than it asks for.
 SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_90a": 228}
+#: First words of the names of 9.0a's own kernels.
+HOPPER = ("hopper", "logits")
 
 
 class Shape(NamedTuple):
@@ -50,7 +55,8 @@ class Shape(NamedTuple):
 
     threads: int
     shared: int  #: bytes
-    logits: int  #: that a thread has of a tile
+    logits: int  #: that a thread has at a time
+    times: int  #: that it has as many, of a tile
 
 
 class Kernel(NamedTuple):
@@ -83,6 +89,9 @@ def kernel_name(mangled: str) -> str:
     sweep = re.search(r"sweep_(hopper_)?kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32)ELi(\d+)ELb([01])", mangled)
     if sweep:
         return f"{'hopper' if sweep[1] else 'sweep'} {sweep[2]} D<={sweep[3]}" + (" ids" if sweep[4] == "1" else "")
+    logits = re.search(r"chunk_hopper_kernelINS_\d+(Bf16|Fp16)ELb([01])", mangled)
+    if logits:
+        return f"logits {logits[1]}" + (" ids" if logits[2] == "1" else "")
     row = re.search(r"(prepare|terms|project)_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32|Fp32)E(Lb1|Li32)?", mangled)
     return f"{row[1]} {row[2]}" + {"Lb1": " ids", "Li32": " wide", None: ""}[row[3]] if row else mangled
 
@@ -97,10 +106,10 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
     for part in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]:
         mangled = re.split(r"[\s,]", part, maxsplit=1)[0]
         name = kernel_name(mangled)
-        if name.startswith("hopper") and arch != "sm_90a":
+        if name.startswith(HOPPER) and arch != "sm_90a":
             continue
         special, loop = None, ""
-        if "sweep" in mangled:
+        if name.startswith(("sweep", *HOPPER)):
             loop = main_loop(part)
             exponentials = len(re.findall(r"\bMUFU\.EX2", loop))
             special = len(re.findall(r"\bMUFU", loop)) / exponentials if exponentials else float("inf")
@@ -109,6 +118,12 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
         waits = len(re.findall(r"\bWARPGROUP\.DEPBAR", part)) / max(len(matrix), 1)
         kernels.append(Kernel(name, *registers[mangled], local, set(matrix), waits, exponentials, special, loop))
     return sorted(kernels)
+
+
+def stored(loop: str, shape: Shape) -> float:
+    """Bytes in global memory for each of a thread's logits."""
+    widths = re.findall(r"\bSTG\.E(?:\.[US]?(8|16|64|128))?\b", loop)
+    return sum(int(width or 32) // 8 for width in widths) / (shape.logits * shape.times)
 
 
 def instructions(loop: str, logits: int) -> str:
@@ -132,15 +147,21 @@ def faults(kernel: Kernel, shape: Shape | None) -> list[str]:
         if kernel.name.startswith("terms") and kernel.exponentials < 16:
             wrong.append("too few exponentials")
         return wrong
-    due = {"HGMMA" if kernel.name.startswith("hopper") else "HMMA"}
+    makes_g = kernel.name.startswith("logits")
+    due = {"HGMMA" if kernel.name.startswith(HOPPER) else "HMMA"}
     if kernel.matrix != due:
         wrong.append(f"{kernel.matrix or 'no matrix instructions'} where {due} is due")
-    if kernel.waits > 0.25:  # the assembler does that where it cannot follow the products' registers
+    # The assembler waits for each where it cannot follow the registers; G's kernel itself for every four of them.
+    if kernel.waits > (0.5 if makes_g else 0.25):
         wrong.append("matrix products one at a time")
-    if kernel.special is None or kernel.special > 2:
+    # Two for a logit, and where a tile's sums are added up, a few for its 128.
+    if kernel.special is None or kernel.special > (2.05 if makes_g else 2):
         wrong.append("too many special functions")
-    forms = 1 if kernel.name.endswith("ids") else 4  # of the loop's body, each with all logits
-    if kernel.exponentials < forms * shape.logits:
+    if stored(kernel.loop, shape) != (2 if makes_g else 0):
+        wrong.append("stores more or less than G")
+    # Of the loop's body, each with all logits. G's kernel always takes the loss.
+    forms = 1 if kernel.name.endswith("ids") else 3 if makes_g else 4
+    if kernel.exponentials < forms * shape.logits * shape.times:
         wrong.append("too few exponentials")
     return wrong
 
@@ -178,7 +199,7 @@ def main() -> None:
             wrong = faults(kernel, shape)
             bad += bool(wrong)
             count += 1
-            of_sweep: list[object] = ["", "", "", "", ""]
+            of_sweep: list[object] = [""] * 6
             if shape:
                 by_registers = 65536 // (shape.threads * ((kernel.registers + 7) // 8 * 8))
                 blocks = min(by_registers, SHARED_KB.get(arch, 100) * 1024 // (shape.shared + 1024))
@@ -187,10 +208,11 @@ def main() -> None:
                     blocks,
                     " ".join(sorted(kernel.matrix)),
                     f"{kernel.special:.2f}",
+                    f"{stored(kernel.loop, shape):.1f}",
                     instructions(kernel.loop, shape.logits),
                 ]
-            shared, resident, matrix, special, counts = of_sweep
-            row = ROW.format(arch, *kernel[:4], shared, resident, matrix, kernel.exponentials, special, counts)
+            shared, resident, matrix, special, stores, counts = of_sweep
+            row = ROW.format(arch, *kernel[:4], shared, resident, matrix, kernel.exponentials, special, stores, counts)
             print(row.rstrip() + (f"  <- {', '.join(wrong)}" if wrong else ""), flush=True)
     print(f"{count} kernels, {bad} with faults")
     sys.exit(bool(bad))

@@ -10,8 +10,15 @@ using namespace mio_ext;
 
 template <class T>
 void print(const char* sweep, const char* arithmetic, int threads) {
-  std::printf("%s %s D<=%d|%d|%d|%d\n", sweep, arithmetic, T::kWidth, threads, T::kSharedBytes,
+  std::printf("%s %s D<=%d|%d|%d|%d|1\n", sweep, arithmetic, T::kWidth, threads, T::kSharedBytes,
               T::kBlockM * T::kBlockN / T::kThreads);
+}
+
+// Its code has the terms of half a tile at a time.
+void print_logits(const char* arithmetic) {
+  using T = WideTile;
+  std::printf("logits %s|%d|%d|%d|2\n", arithmetic, T::kThreads + T::kProducerThreads, T::kSharedBytes,
+              T::kBlockM * T::kBlockN / T::kThreads / 2);
 }
 
 template <class A>
@@ -28,7 +35,7 @@ void print_hopper(const char* arithmetic) {
 
 }  // namespace
 
-// kernel|threads of a block|bytes of shared memory|logits that a thread has of a tile
+// kernel|threads of a block|bytes of shared memory|logits that a thread has at a time|times for a tile
 int main() {
   print_portable<Bf16>("Bf16");
   print_portable<Fp16>("Fp16");
@@ -40,4 +47,6 @@ int main() {
   print_hopper<HopperTile<Fp16, 64>>("Fp16");
   print_hopper<HopperTile<Fp16, 128>>("Fp16");
   print_hopper<HopperTile<Fp16, 256>>("Fp16");
+  print_logits("Bf16");
+  print_logits("Fp16");
 }

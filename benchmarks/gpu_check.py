@@ -22,6 +22,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,8 @@ NEEDED = ("torch", "setuptools", "pytest")
 LEFT_OUT = "left out"
 GRACE = 3.0  #: seconds between SIGTERM and SIGKILL
 SHOWN = 8  #: last lines of a part's output that are repeated on the terminal
+#: Of SigLIP, where rows are too wide for one kernel; the telling ones first.
+WIDE_ROWS, WIDE_DIMS = (65_536, 16_384, 4096, 1024, 131_072), (768, 512, 1152)
 TOOLKIT = "/usr/local/cuda/bin"  #: where nvcc, ncu and compute-sanitizer are, if not on PATH
 
 #: Prints a JSON object about the GPU, or nothing. In a process of its own: a broken driver may hang.
@@ -138,14 +141,17 @@ def speed(capability: str, output: Path) -> list[Part]:
     """Five minutes at most."""
     found = []
     losses = {  # one backend's hanging kernel must not cost the other's figures; peers run in turns with ours
-        "loss-cuda": ("our CUDA backend", 45, ["mio_ext cuda"]),
-        "loss-triton": ("our Triton backend", 45, ["mio_ext triton"]),
-        "loss-peers": ("ours, in turns with siglip-kernel and eager", 55, ["mio_ext cuda", "siglip-kernel", "eager"]),
-        "loss-compile": ("ours, in turns with torch.compile", 50, ["mio_ext cuda", "torch.compile"]),
+        "loss-cuda": ("our CUDA backend", 35, ["mio_ext cuda"]),
+        "loss-triton": ("our Triton backend", 35, ["mio_ext triton"]),
+        "loss-peers": ("ours, in turns with siglip-kernel and eager", 45, ["mio_ext cuda", "siglip-kernel", "eager"]),
+        "loss-wide": ("wide rows, in turns with siglip-kernel", 40, ["mio_ext cuda", "siglip-kernel"]),
+        "loss-compile": ("ours, in turns with torch.compile", 40, ["mio_ext cuda", "torch.compile"]),
     }
     for name, (who, limit, contenders) in losses.items():
         command = [sys.executable, "benchmarks/loss.py", "--contenders", *contenders, "--budget", str(limit - 8)]
         command += ["--output", str(output / f"{name}.json")]
+        if name == "loss-wide":
+            command += ["--cases", *(f"siglip:{b}:{d}:bfloat16" for b in WIDE_ROWS for d in WIDE_DIMS)]
         found.append(Part(name, f"benchmarks/loss.py: {who}", limit, tuple(command)))
     bench = "build/cmake/pairwise_bce_cuda_bench"
     for name, kernel in (("profile", "sweep_hopper"), ("profile-portable", "sweep_kernel")):
@@ -154,11 +160,30 @@ def speed(capability: str, output: Path) -> list[Part]:
         command = ["ncu", "--set", "full", "-k", f"regex:{kernel}", "-c", "1", bench]
         command += ["--n", "32768", "--d", "128", "--repeat", "1"]
         found.append(Part(name, f"ncu on {kernel}", 25, tuple(command), missing=without("ncu", bench)))
+    found.append(bfloat16_on_amx(output))
     train = [sys.executable, "train/pretrain.py", "--epochs", "3", "--knn-every", "1", "--no-evaluate"]
     train += ["--output", str(output / "run"), "--overwrite"]
     needs = without("module:torchvision", "module:sklearn", "module:safetensors")
     found.append(Part("training", "three epochs on digits, with k-NN", 55, tuple(train), missing=needs))
     return found
+
+
+def bfloat16_on_amx(output: Path) -> Part:
+    """The CPU kernel with its own product and with oneDNN's: which should be the default where there is AMX?"""
+    cases = ["siglip:1024:768", "siglip:4096:768", "mio:4096:128", "mio:16384:128"]
+    command = [sys.executable, "benchmarks/loss.py", "--cases", *(f"{case}:bfloat16" for case in cases)]
+    command += ["--contenders", "mio_ext cpu", "eager", "--seconds", "0.3", "--budget", "22"]
+    runs = [
+        f"MIO_CPU_ISA={isa} {shlex.join([*command, '--output', str(output / f'cpu-{isa}.json')])}"
+        for isa in ("avx512bf16", "onednn")
+    ]
+
+    def no_amx() -> str | None:
+        return None if "amx_bf16" in Path("/proc/cpuinfo").read_text() else "no amx_bf16"
+
+    what = "bfloat16 on the host, its products ours and oneDNN's"
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    return Part("cpu-bfloat16", what, 55, ("sh", "-c", " && ".join(runs)), hidden, no_amx)
 
 
 def sanitizers(output: Path) -> list[Part]:

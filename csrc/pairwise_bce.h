@@ -77,11 +77,12 @@ struct LossParams {
 // T is the type of the arithmetic: float, or double for float64 inputs.
 template <typename T>
 struct PairwiseBCE {
-  const T* x;            // [M, D] rows, contiguous
+  const T* x;            // [M, D] rows, contiguous, or the first x_rows of them
+  const T* x2;           // the others; nullptr: x has all
   const T* y;            // [K, D] columns, contiguous; nullptr: y = x, and dx holds both roles' gradient
   const int64_t* x_ids;  // [M], equal ids are positive pairs; nullptr: positives lie on a diagonal
   const int64_t* y_ids;  // [K]
-  int64_t m, k, d;
+  int64_t m, k, d, x_rows;
   int64_t shift;      // positive column of row i: offset + (i + shift) mod M, if below K
   int64_t offset;     // own column of row i: offset + i
   bool exclude_self;  // a row and its own column are no pair
@@ -90,6 +91,8 @@ struct PairwiseBCE {
   LossParams params;
   T* dx;  // [M, D], contiguous; nullptr: not wanted
   T* dy;  // [K, D]
+
+  const T* x_row(int64_t i) const { return x2 != nullptr && i >= x_rows ? x2 + (i - x_rows) * d : x + i * d; }
 };
 
 constexpr double kNormEps = 1e-12;

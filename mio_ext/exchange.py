@@ -231,7 +231,7 @@ class Ring:
             sending = None if last else self.pass_on(held, self.plan.rows[(process - 1) % world], tag)
             yield process, held
             if sending is not None:
-                held = sending.wait()
+                held, sending = sending.wait(), None  # what has left is let go before more comes
 
 
 class Sending(NamedTuple):

@@ -7,8 +7,8 @@ twice: without gradient for the embeddings, and again, a micro-batch at a time, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ def backward_in_micro_batches(
     loss: Callable[..., Tensor],
     micro_batch_size: int,
     backward: Callable[[Tensor], None] = Tensor.backward,
+    modules: Sequence[nn.Module] = (),
 ) -> Tensor:
     """``loss(*(encoder(input) for ...)).backward()`` with the activations of ``micro_batch_size`` samples at a time.
 
@@ -37,18 +38,19 @@ def backward_in_micro_batches(
     micro-batches must be the same on every process.
 
     Args:
-        encoders: one callable for all inputs, or one for each. Of those that are ``nn.Module``s buffers are kept as one
-            pass leaves them.
+        encoders: one callable for all inputs, or one for each.
         inputs: tensors [B, ...] (two views, or images and texts), all of one B; each is cut into pieces of
             ``micro_batch_size`` rows, the last one may be smaller.
         loss: embeddings [B, D], one for each input, to a scalar; :func:`mio_ext.distributed.mio_loss`, say.
         backward: of the loss; with a gradient scaler ``lambda loss: scaler.scale(loss).backward()``.
+        modules: what encoders run that are not ``nn.Module``s themselves, for batch norm's running statistics and
+            ``DistributedDataParallel``.
 
     Returns:
         The loss, detached.
 
     Raises:
-        ValueError: a micro-batch size below 1, no inputs, inputs of different length, another number of encoders than inputs.
+        ValueError: a micro-batch size below 1, no inputs, inputs of different length, encoders of another number.
 
     Source: arXiv 2101.06983, section 3.
     """
@@ -61,11 +63,11 @@ def backward_in_micro_batches(
     if len(each) != len(inputs):
         raise ValueError(f"{op}: encoders must be one, or one for each of {len(inputs)} inputs, got {len(each)}")
     pieces = [(e, piece) for e, t in zip(each, inputs, strict=True) for piece in t.split(micro_batch_size)]
-    modules = list({id(e): e for e in each if isinstance(e, nn.Module)}.values())
+    run = [[e] if isinstance(e, nn.Module) else list(modules) for e, _ in pieces]
     device = inputs[0].device
 
     states, embedded = [], []
-    with torch.no_grad(), _buffers_kept(modules):
+    with torch.no_grad(), _buffers_kept({module for several in run for module in several}):
         for encoder, piece in pieces:
             states.append(_random_state(device))
             embedded.append(encoder(piece))
@@ -78,10 +80,12 @@ def backward_in_micro_batches(
     gradients = [
         g for z in embeddings for g in (torch.zeros_like(z) if z.grad is None else z.grad).split(micro_batch_size)
     ]
-    last = {id(encoder): number for number, (encoder, _) in enumerate(pieces)}
+    last = {module: number for number, several in enumerate(run) for module in several}
     for number, ((encoder, piece), gradient, state) in enumerate(zip(pieces, gradients, states, strict=True)):
-        # DistributedDataParallel has no_sync(): gradients stay with their process.
-        with nullcontext() if number == last[id(encoder)] else getattr(encoder, "no_sync", nullcontext)():
+        with ExitStack() as stack:
+            for module in run[number]:
+                if number < last[module]:  # of DistributedDataParallel, gradients stay with their process
+                    stack.enter_context(getattr(module, "no_sync", nullcontext)())
             _set_random_state(state, device)
             torch.autograd.backward(encoder(piece), gradient)
     _set_random_state(after, device)
@@ -89,7 +93,7 @@ def backward_in_micro_batches(
 
 
 @contextmanager
-def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Batch norm's running statistics and the like are afterwards what they were before."""
     buffers = [b for module in modules for b in module.buffers()]
     before = [b.clone() for b in buffers]

@@ -97,8 +97,7 @@ def _go_round(x: Tensor, y: Tensor | None, params: Tensor, problem: Problem) -> 
     plan, ring = problem.plan, Ring(problem.op, problem.group, problem.plan)
     travels = [x if y is None else y] + ([] if problem.y_ids is None else [problem.y_ids])
     total = torch.zeros(9, dtype=torch.float64, device=x.device)
-    wanted = (x, problem.needs_grad[0]), (params, problem.needs_grad[2])
-    dx, dparams = (torch.zeros_like(t, dtype=params.dtype) if n else x.new_empty(0) for t, n in wanted)
+    dx = dparams = x.new_empty(0)
     home, failure = None, None  # the gradient of a block on its way, and the first error of a sweep
     for process, (block, *ids) in ring.blocks(travels):
         call = _call(x, block, ids, params, problem, own=process == plan.rank)
@@ -108,15 +107,17 @@ def _go_round(x: Tensor, y: Tensor | None, params: Tensor, problem: Problem) -> 
             failure = failure or error
             loss, stats, *gradients = _poison(call)
         total += totals(loss, stats)
-        if problem.needs_grad[0]:
-            # A row of another's block sees this row as its column too, with the same gradient.
-            dx.add_(gradients[0], alpha=1 if call.y is None or not problem.symmetric else 2)
-        if problem.needs_grad[2]:
-            dparams += gradients[2]
+        if process == plan.rank:  # the first
+            dx, dparams = gradients[0], gradients[2]
+        else:
+            # Without y: a row of another's block sees this row as its column too, with the same gradient.
+            dx.add_(gradients[0], alpha=2 if problem.symmetric else 1)
+            dparams.add_(gradients[2])
         if problem.needs_grad[1]:
             if home is not None:
                 gradients[1] += home.wait()[0]
             home = ring.pass_on([gradients[1]], plan.rows[(process - 1) % plan.world], tag=1)
+        del block, ids, call, gradients  # let go before more comes
     dy = x.new_empty(0) if home is None else home.wait()[0]
     if problem.symmetric:
         dist.all_reduce(total, group=problem.group)  # here, for nobody may wait for one who failed
@@ -182,7 +183,11 @@ def _poison(call: ops.Call) -> tuple[Tensor, ...]:
     """What :func:`_sweep` would return, of NaN."""
     nan = call.x.new_full((), math.nan, dtype=loss_dtype(call.x.dtype))
     sides = (call.x, call.x if call.y is None else call.y, call.params)
-    return nan, nan.double().expand(8), *(nan.expand_as(t).clone() for t in sides if t is not None)
+    gradients = (
+        nan.expand_as(t).clone() if n and t is not None else nan.new_empty(0)
+        for t, n in zip(sides, call.needs_grad, strict=True)
+    )
+    return nan, nan.double().expand(8), *gradients
 
 
 def count_positives(op: str, group: Group, plan: Plan, x_ids: Tensor, y_ids: Tensor) -> Tensor:

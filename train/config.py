@@ -66,6 +66,12 @@ class Config:
         "images per step over all processes, two views each; all their pairs are in the loss",
         least=2,
     )
+    micro_batch_size: int | None = option(
+        "optimisation",
+        None,
+        "images of a process that the encoder and its batch norm see at a time, for memory; none: all",
+        least=2,
+    )
     optimizer: str = option("optimisation", "sgd", "what updates the weights", choices=("sgd", "lars", "adamw"))
     learning_rate: float = option("optimisation", 0.5, "peak, after the warm-up", above=0)
     warmup_epochs: float = option("optimisation", 5.0, "linear warm-up, then cosine to 0", least=0)

@@ -160,8 +160,7 @@ def open_log(folder: Path, checkpoint: dict[str, Any] | None, config: Config, se
 def dry_run(config: Config, setup: Setup) -> None:
     """One step, to see that everything fits and works; nothing is written."""
     trainer = Trainer(config, setup, Path(os.devnull), None)  # type: ignore[arg-type]
-    loss, _, _ = trainer.loss_of(trainer.batch_of(0), 0)
-    loss.backward()
+    loss, _, _ = trainer.backward(trainer.batch_of(0), 0)
     print(f"dry run: {len(setup.data.pretrain)} images, {trainer.last} steps, first loss {loss.item():.4f}")
 
 

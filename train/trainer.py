@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mio_ext import backward_in_micro_batches
 from train.assemble import Setup
 from train.config import Config
 from train.data import generator_for, prefetch, random_batches
@@ -62,7 +63,7 @@ class Trainer:
         buffers = [buffer.clone() for buffer in self.setup.model.buffers()]
         try:
             with torch.random.fork_rng():
-                self.loss_of(self.batch_of(0), 0)[0].backward()  # each runs the compiler
+                self.backward(self.batch_of(0), 0)  # each way runs the compiler
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -86,21 +87,51 @@ class Trainer:
         share = self.processes.share(config.batch_size)
         return prefetch(images, (indices[share] for indices in whole), self.setup.device)
 
-    def loss_of(self, images: Tensor, step: int) -> tuple[Tensor, Any, Tensor]:
-        """(loss, pair statistics, own embeddings [2B, D]) of images [B, C, H, W] uint8."""
+    def backward(self, images: Tensor, step: int) -> tuple[Tensor, Any, Tensor]:
+        """(loss, pair statistics, own embeddings [2B, D]) of images [B, C, H, W] uint8; gradients in the parameters."""
+        own, views = len(images), self.views_of(images, step)
+        micro = min(self.config.micro_batch_size or own, own)
+        # Rows of the first and second views, in the order in which the encoder sees them.
+        order = torch.arange(2 * own, device=images.device).view(2, own)
+        if self.config.forward == "fused":  # batch norm sees both views of an image at once
+            pieces = [torch.cat([part.flatten() for part in order.split(micro, dim=1)])]
+        else:
+            pieces = list(order)
+        place = torch.cat(pieces).argsort() if micro < own else None
+        seen: tuple[Any, Tensor]
+
+        def loss_of(*embedded: Tensor) -> Tensor:
+            nonlocal seen
+            z = torch.cat(embedded) if place is None else torch.cat(embedded)[place]
+            loss, stats = self.objective(*z.chunk(2))
+            seen = stats, z
+            return loss  # type: ignore[no-any-return]
+
+        def encoder(rows: Tensor) -> Tensor:
+            return self.encode(views(rows))
+
+        if micro < own:
+            size = micro * (2 if self.config.forward == "fused" else 1)
+            loss = backward_in_micro_batches(encoder, pieces, loss_of, size, modules=[self.network])
+        else:
+            loss = loss_of(*map(encoder, pieces))
+            loss.backward()
+        return loss, *seen
+
+    def views_of(self, images: Tensor, step: int) -> Callable[[Tensor], Tensor]:
+        """From rows of [first views; second views] of own images to those views, [n, C, size, size]."""
         device, preprocess, batch = self.setup.device, self.setup.preprocess, self.config.batch_size
         parameters = preprocess.draw(2 * batch, generator_for(device, self.config.seed, 1, step))
         if self.processes.count > 1:  # of the whole batch's first and second views, the own ones
             share = self.processes.share(batch)
             parameters = parameters.rows(torch.arange(2 * batch, device=device).view(2, batch)[:, share].flatten())
-        views = preprocess.function(images.repeat(2, 1, 1, 1), parameters)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.setup.bfloat16):
-            if self.config.forward == "fused":
-                z = self.forward(views)  # batch norm sees 2B images
-            else:
-                z = torch.cat([self.forward(view) for view in views.chunk(2)])
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return *self.objective(*z.chunk(2)), z
+        return lambda rows: preprocess.function(images[rows % len(images)], parameters.rows(rows))
+
+    def encode(self, views: Tensor) -> Tensor:
+        """Embeddings, in float32 or better."""
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=self.setup.bfloat16):
+            z = self.forward(views)
+        return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -137,9 +168,8 @@ class Trainer:
                 rate = learning_rate(self.step // unit, schedule, warmup, config.learning_rate)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                loss, stats, z = self.loss_of(images, self.step)
                 self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss, stats, z = self.backward(images, self.step)
                 self.optimizer.step()
                 self.step += 1
 

@@ -21,6 +21,9 @@
 
 namespace mio_ext {
 
+PairProduct library_product = nullptr;
+static PairProduct library_product_in_use();  // nullptr: none
+
 // Ids of any size become small numbers, equal where the ids are: a vector lane holds one.
 class Ranks {
  public:
@@ -86,7 +89,10 @@ std::vector<std::string> cpu_instruction_sets() {
 #if defined(MIO_X86_TARGETS)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw")) {
-    if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512bf16");
+    if (__builtin_cpu_supports("avx512bf16")) {
+      names.push_back("avx512bf16");
+      if (library_product) names.push_back("onednn");
+    }
     names.push_back("avx512");
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
@@ -112,12 +118,14 @@ const std::string& chosen() {
 
 }  // namespace
 
+static PairProduct library_product_in_use() { return chosen() == "onednn" ? library_product : nullptr; }
+
 std::string cpu_instruction_set() { return chosen(); }
 
 template <typename T>
 PairSums pairwise_bce_on_threads(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel) {
 #if defined(MIO_X86_TARGETS)
-  if (chosen() == "avx512bf16") return avx512bf16::run(problem, threads, parallel);
+  if (chosen() == "avx512bf16" || chosen() == "onednn") return avx512bf16::run(problem, threads, parallel);
   if (chosen() == "avx512") return avx512::run(problem, threads, parallel);
   if (chosen() == "avx2") return avx2::run(problem, threads, parallel);
 #endif

@@ -2,6 +2,7 @@
 // CPU implementation of the op: allocate, run the kernel, round to the op's types.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,6 +22,27 @@ void parallel_on_torch_threads(int n, const std::function<void(int)>& body) {
   });
 }
 
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
+void product_by_onednn(int64_t m, int64_t n, int64_t k, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                       float* c, int64_t ldc, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, 2 * k, 2 * lda, ldb, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(a),
+                              reinterpret_cast<const at::BFloat16*>(b), c);
+}
+[[maybe_unused]] const bool known = (library_product = product_by_onednn, true);
+
+// A thread's first product on AMX takes the tiles; they must be given back before anybody else wants them.
+void parallel_with_onednn(int n, const std::function<void(int)>& body) {
+  TORCH_CHECK(at::globalContext().userEnabledMkldnn(),
+              "pairwise_bce: MIO_CPU_ISA=onednn, but torch.backends.mkldnn is disabled");
+  parallel_on_torch_threads(n, [&](int i) {
+    body(i);
+    at::native::cpublas::brgemm_release();
+  });
+}
+#else
+constexpr auto parallel_with_onednn = parallel_on_torch_threads;
+#endif
+
 double positive_or_nan(double scale) {
   return scale > 0 && scale < std::numeric_limits<double>::infinity() ? scale
                                                                       : std::numeric_limits<double>::quiet_NaN();
@@ -37,7 +59,7 @@ template <typename T>
 Outputs run(const Call& call) {
   constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
   auto dense = [](const Tensor& t) { return t.to(type).contiguous(); };
-  const Tensor x = dense(call.x2 ? at::cat({call.x, *call.x2}) : call.x), y = call.y ? dense(*call.y) : Tensor();
+  const Tensor x = dense(call.x), x2 = call.x2 ? dense(*call.x2) : Tensor(), y = call.y ? dense(*call.y) : Tensor();
   const Tensor x_ids = call.x_ids ? call.x_ids->contiguous() : Tensor();
   const Tensor y_ids = call.y_ids ? call.y_ids->contiguous() : Tensor();
 
@@ -47,6 +69,8 @@ Outputs run(const Call& call) {
 
   PairwiseBCE<T> problem{};
   problem.x = x.const_data_ptr<T>();
+  problem.x2 = call.x2 ? x2.const_data_ptr<T>() : nullptr;
+  problem.x_rows = call.x.size(0);
   problem.y = call.y ? y.const_data_ptr<T>() : nullptr;
   problem.x_ids = call.x_ids ? x_ids.const_data_ptr<int64_t>() : nullptr;
   problem.y_ids = call.y_ids ? y_ids.const_data_ptr<int64_t>() : nullptr;
@@ -62,7 +86,8 @@ Outputs run(const Call& call) {
   problem.dx = call.needs_grad[0] ? dx.mutable_data_ptr<T>() : nullptr;
   problem.dy = call.needs_grad[1] ? dy.mutable_data_ptr<T>() : nullptr;
 
-  const PairSums sums = pairwise_bce_cpu(problem, at::get_num_threads(), parallel_on_torch_threads);
+  const auto parallel = cpu_instruction_set() == "onednn" ? parallel_with_onednn : parallel_on_torch_threads;
+  const PairSums sums = pairwise_bce_cpu(problem, at::get_num_threads(), parallel);
 
   *loss.mutable_data_ptr<T>() = T(problem.params.loss(sums));
   sums.statistics(stats.mutable_data_ptr<double>());

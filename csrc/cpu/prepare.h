@@ -64,16 +64,18 @@ struct Prepared : PreparedBase<T> {
     if (columns) panels.allocate(padded * d);
   }
 
-  // The block of rows of z [n, d] that begins with `first`.
-  void prepare(const T* z, int64_t first, bool normalize) {
+  // The block that begins with row `first`; z(i) is row i as it came, [d].
+  template <class Rows>
+  void prepare(const Rows& z, int64_t first, bool normalize) {
     for (int64_t i = first; i < first + block; i += kPanel<T>) prepare_panel(z, i, normalize);
   }
 
-  void prepare_panel(const T* z, int64_t first, bool normalize) {
+  template <class Rows>
+  void prepare_panel(const Rows& z, int64_t first, bool normalize) {
     for (int64_t i = first; i < first + kPanel<T>; ++i) {
       T* row = rows.data() + i * ld;
-      const T* in = z + i * d;
-      const double sum = i < n ? sum_of_squares(in, d) : 0;
+      const T* in = i < n ? z(i) : nullptr;
+      const double sum = normalize && i < n ? sum_of_squares(in, d) : 0;
       const double norm = __builtin_sqrt(sum);
       const double scale = !normalize ? 1 : 1 / (norm < kNormEps ? kNormEps : norm);
       inverse.data()[i] = normalize && norm <= kNormEps ? T(0) : T(scale);
@@ -85,8 +87,9 @@ struct Prepared : PreparedBase<T> {
     if (!panels.data()) return;
     T* panel = panels.data() + first * d;
     const T* row = rows.data() + first * ld;
-    for (int64_t c = 0; c < d; ++c)
-      for (int64_t i = 0; i < kPanel<T>; ++i) panel[c * kPanel<T> + i] = row[i * ld + c];
+    for (int64_t i = 0; i < kPanel<T>; i += kWidth<T>)
+      for (int64_t c = 0; c < d; c += kWidth<T>)
+        transpose(row + i * ld + c, ld, d - c, panel + c * kPanel<T> + i, kPanel<T>);
   }
 
   // s = x yT for the m rows of x from row0, the n rows of y from col0.

@@ -36,12 +36,22 @@ struct PreparedBfloat16 : PreparedBase<float> {
 
   // A tile's derivative as pairs of columns and as pairs of rows.
   struct Scratch {
-    Buffer<Pair> columns, rows;
-    int64_t columns_ld, rows_ld;
+    Buffer<Pair> columns, rows, transposed;  // the last for a library, which transposes nothing
+    int64_t columns_ld, rows_ld, transposed_ld;
     void allocate(int64_t row_block, int64_t col_block) {
       columns_ld = odd_vectors(col_block / 2 + 1), rows_ld = odd_vectors(col_block);
       columns.allocate(row_block * columns_ld);
-      rows.allocate((row_block / 2 + 1) * rows_ld);
+      rows.allocate((row_block / 2 + W) * rows_ld);  // whole vectors of pairs can be read
+      transposed_ld = odd_vectors(row_block / 2 + 1);
+      if (library_product_in_use()) transposed.allocate(col_block * transposed_ld);
+    }
+    // The first `pairs` and `cols` of `rows`, cols being whole vectors.
+    const Pair* transposed_rows(int64_t pairs, int64_t cols) {
+      for (int64_t j = 0; j < cols; j += W)
+        for (int64_t i = 0; i < pairs; i += W)
+          transpose(rows.data() + i * rows_ld + j, rows_ld, W, transposed.data() + j * transposed_ld + i,
+                    transposed_ld);
+      return transposed.data();
     }
   };
 
@@ -63,15 +73,17 @@ struct PreparedBfloat16 : PreparedBase<float> {
     return (left + kPanel<float> - 1) / kPanel<float> * kPanel<float>;
   }
 
-  // The block of rows of z [n, d] that begins with `first`.
-  void prepare(const float* z, int64_t first, bool normalize) {
-    for (int64_t i = first; i < first + block; ++i) prepare_row(z, i, normalize);
+  // The block that begins with row `first`; z(i) is row i as it came, [d].
+  template <class Rows>
+  void prepare(const Rows& z, int64_t first, bool normalize) {
+    for (int64_t i = first; i < first + block; ++i) prepare_row(i < n ? z(i) : nullptr, i, normalize);
     for (int64_t i = first; i < first + block; i += kPanel<float>) {
       const Pair* in = rows.data() + i * pair_ld;
       if (panels.data())
-        for (int64_t c = 0; c < feature_pairs; ++c)
-          for (int64_t j = 0; j < kPanel<float>; ++j)
-            panels.data()[i * feature_pairs + c * kPanel<float> + j] = in[j * pair_ld + c];
+        for (int64_t j = 0; j < kPanel<float>; j += W)
+          for (int64_t c = 0; c < feature_pairs; c += W)
+            transpose(in + j * pair_ld + c, pair_ld, feature_pairs - c,
+                      panels.data() + i * feature_pairs + c * kPanel<float> + j, kPanel<float>);
       Pair* out = block_pairs(first) + (i - first) / 2 * ld;
       for (int64_t j = 0; j < W; ++j)
         for (int64_t c = 0; c < feature_pairs; ++c) {
@@ -91,9 +103,8 @@ struct PreparedBfloat16 : PreparedBase<float> {
     }
   }
 
-  void prepare_row(const float* z, int64_t i, bool normalize) {
-    const float* in = z + i * d;
-    const double norm = i < n ? __builtin_sqrt(sum_of_squares(in, d)) : 0;
+  void prepare_row(const float* in, int64_t i, bool normalize) {
+    const double norm = normalize && i < n ? __builtin_sqrt(sum_of_squares(in, d)) : 0;
     const double scale = !normalize ? 1 : 1 / (norm < kNormEps ? kNormEps : norm);
     inverse.data()[i] = normalize && norm <= kNormEps ? 0.0f : float(scale);
     // A power of two, which is exact, keeps products of rows of any norm inside float32's range.
@@ -101,20 +112,22 @@ struct PreparedBfloat16 : PreparedBase<float> {
     const double power = scalable ? __builtin_ldexp(1.0, -__builtin_ilogb(norm)) : 1;
     normalizer.data()[i] = i < n ? float(scale / power) : 0.0f;
     auto bits = [&](int64_t c) {
-      const float v = i < n && c < d ? in[c] * float(power) : 0.0f;
+      const float v = in[c] * float(power);
       Pair u;
       __builtin_memcpy(&u, &v, sizeof u);
       return u;
     };
     Pair* row = rows.data() + i * pair_ld;
-    for (int64_t c = 0; c < feature_pairs; ++c) row[c] = bits(2 * c) >> 16 | (bits(2 * c + 1) & 0xffff0000u);
+    const int64_t whole = i < n ? d / 2 : 0;
+    for (int64_t c = 0; c < whole; ++c) row[c] = bits(2 * c) >> 16 | (bits(2 * c + 1) & 0xffff0000u);
+    for (int64_t c = whole; c < feature_pairs; ++c) row[c] = i < n ? bits(2 * c) >> 16 : 0;
     if (gradient.data())
       for (int64_t c = 0; c < ld; ++c) gradient.data()[i * ld + c] = 0;
   }
 
   // Features [c, c + W) of normalised row i.
   FloatVec row_vector(int64_t i, int64_t c) const {
-    const int64_t in_block = i % block, in_panel = in_block % kPanel<float>;
+    const int64_t in_block = i & (block - 1), in_panel = in_block % kPanel<float>;  // a power of two
     const int64_t pair = in_block / kPanel<float> * W + in_panel % W;
     const PairVec v = load(block_pairs(i - in_block) + pair * ld + c);
     return (in_panel < W ? low_half(v) : high_half(v)) * normalizer.data()[i];
@@ -124,7 +137,11 @@ struct PreparedBfloat16 : PreparedBase<float> {
                      int64_t n, bool normalize, float* s, int64_t lds) {
     constexpr int64_t kPart = kFeatures / 2;
     const int64_t d = x.feature_pairs, n_padded = (n + kPanel<float> - 1) / kPanel<float> * kPanel<float>;
-    for (int64_t c = 0; c < d; c += kPart) {
+    const PairProduct library = library_product_in_use();
+    for (int64_t j = 0; library && j < n_padded; j += kPanel<float>)
+      library(m, kPanel<float>, d, x.rows.data() + row0 * x.pair_ld, x.pair_ld, y.panels.data() + (col0 + j) * d,
+              kPanel<float>, s + j, lds, false);
+    for (int64_t c = 0; !library && c < d; c += kPart) {
       auto product = c == 0 ? gemm<float, Pair, false, false> : gemm<float, Pair, false, true>;
       product(m, n_padded, d - c < kPart ? d - c : kPart, x.rows.data() + row0 * x.pair_ld + c, x.pair_ld,
               y.panels.data() + col0 * d + c * kPanel<float>, kPanel<float> * d, kPanel<float>, s, lds);
@@ -163,10 +180,17 @@ struct PreparedBfloat16 : PreparedBase<float> {
         columns[cols / 2] = columns[W * scratch.columns_ld + cols / 2] = means[0];
       }
     for (int64_t j = 0; j < cols; j += W) store(scratch.rows.data() + rows / 2 * scratch.rows_ld + j, means);
-    if (dx)
+    const PairProduct library = library_product_in_use();
+    if (dx && library)
+      library(m, y.width(), cols / 2 + 1, scratch.columns.data(), scratch.columns_ld, y.block_pairs(col0), y.ld,
+              x.gradient.data() + row0 * x.ld, x.ld, true);
+    else if (dx)
       gemm<float, Pair, false, true>(m, y.width(), cols / 2 + 1, scratch.columns.data(), scratch.columns_ld,
                                      y.block_pairs(col0), kPanel<float>, y.ld, x.gradient.data() + row0 * x.ld, x.ld);
-    if (dy)
+    if (dy && library)
+      library(n, x.width(), rows / 2 + 1, scratch.transposed_rows(rows / 2 + 1, cols), scratch.transposed_ld,
+              x.block_pairs(row0), x.ld, y.gradient.data() + col0 * y.ld, y.ld, true);
+    else if (dy)
       gemm<float, Pair, true, true>(n, x.width(), rows / 2 + 1, scratch.rows.data(), scratch.rows_ld,
                                     x.block_pairs(row0), kPanel<float>, x.ld, y.gradient.data() + col0 * y.ld, y.ld);
   }

@@ -52,9 +52,9 @@ class Progress {
 // Deals out tiles so that no two threads ever add to the same block of gradients, in an order that
 // does not depend on the number of threads: the result has the same bits on one core and on sixty.
 //
-// Blocks come in groups of four, or of one where all of them are few enough for a cache. In a round every group meets
-// one group, by the circle method where y = x (round 0: itself), else row group q meets column group (q + round) mod
-// groups; the 4 x 4 tiles of two groups are four steps, in which every block occurs once. A job is all steps of two
+// Blocks come in groups of four, of two or one where they are few. In a round every group meets one group, by the
+// circle method where y = x (round 0: itself), else row group q meets column group (q + round) mod groups; the 4 x 4
+// tiles of two groups of four are four steps, in which every block occurs once. A job is all steps of two
 // groups, whose rows and gradients then stay in the cache, or, where that would leave threads without work, a single
 // tile. A worker takes the next job of the sequence and waits until both blocks of a tile are done with all earlier
 // steps; the owner of an earlier job never waits for a later one, so this cannot deadlock, whatever the number of
@@ -70,7 +70,7 @@ class Schedule {
       : rows_(row_blocks),
         cols_(col_blocks),
         symmetric_(symmetric),
-        group_(blocks() < 16 ? 1 : 4),
+        group_(group_size(blocks())),
         groups_(symmetric ? (blocks() + 2 * group_ - 1) / (2 * group_) * 2 : (blocks() + group_ - 1) / group_),
         by_groups_(meetings() >= 2 * workers),
         row_done_(group_ * groups_),
@@ -97,6 +97,10 @@ class Schedule {
 
  private:
   int64_t blocks() const { return rows_ > cols_ ? rows_ : cols_; }
+  static int64_t group_size(int64_t blocks) {
+    if (blocks < 8) return 1;
+    return blocks < 16 ? 2 : 4;
+  }
   // Does each group meet itself?
   bool alone(int64_t round) const { return symmetric_ && round == 0; }
   int64_t meetings(int64_t round = 1) const { return symmetric_ && round > 0 ? groups_ / 2 : groups_; }

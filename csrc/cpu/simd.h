@@ -48,6 +48,7 @@ using Pair = uint32_t;
 template <>
 struct Simd<Pair> {
   typedef Pair Vec __attribute__((vector_size(MIO_VECTOR_BYTES)));
+  using Int = Vec;
 };
 
 // Columns of one register block; panels have this width.
@@ -65,6 +66,36 @@ inline typename Simd<T>::Int load_ids(const typename Simd<T>::Lane* p) {
 template <typename T>
 inline void store(T* p, typename Simd<T>::Vec v) {
   *reinterpret_cast<typename Simd<T>::Vec*>(p) = v;
+}
+
+// out [columns, W] = the transpose of in [W, columns], for at most W columns; in is readable up to a whole vector.
+// Every round interleaves the first half of the vectors with the second.
+template <typename T>
+inline void transpose(const T* in, int64_t in_ld, int64_t columns, T* out, int64_t out_ld) {
+  using Vec = typename Simd<T>::Vec;
+  constexpr int W = kWidth<T>;
+#if defined(__clang__)  // has no shuffle by a vector
+  for (int i = 0; i < W && i < columns; ++i)
+    for (int lane = 0; lane < W; ++lane) out[i * out_ld + lane] = in[lane * in_ld + i];
+#else
+  typename Simd<T>::Int low{}, high{};
+  for (int lane = 0; lane < W; ++lane) low[lane] = lane / 2 + lane % 2 * W, high[lane] = low[lane] + W / 2;
+  Vec v[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) v[i] = load(in + i * in_ld);
+#pragma GCC unroll 4
+  for (int rows = 1; rows < W; rows *= 2) {
+    Vec next[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = next[i];
+  }
+  for (int i = 0; i < W && i < columns; ++i) store(out + i * out_ld, v[i]);
+#endif
 }
 
 // ---------------------------------------------------------------- matrix products
@@ -111,16 +142,29 @@ inline void register_block(int64_t k, const E* a, int64_t lda, const E* b, int64
     }
 }
 
+// A gradient larger than this, and the rows beside it, come from the last cache at every tile.
+constexpr int64_t kNearBytes = 128 << 10;
+
 // c [m, n] (+)= a b. m is rounded up to MIO_MR (the buffers have room), n is a multiple of the vector
 // width. Panel p of b, kPanel columns wide, starts at b + p * b_panel and has rows of ldb elements.
 template <typename T, typename E, bool kTransA, bool kAccumulate>
 void gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t lda, const E* b, int64_t b_panel, int64_t ldb, T* c,
           int64_t ldc) {
   const int64_t a_step = kTransA ? 1 : lda;
+  const bool far = kAccumulate && m * ldc * int64_t(sizeof(T)) > kNearBytes;
   int64_t n0 = 0;
   for (; n0 + kPanel<T> <= n; n0 += kPanel<T>, b += b_panel)
-    for (int64_t m0 = 0; m0 < m; m0 += MIO_MR)
+    for (int64_t m0 = 0; m0 < m; m0 += MIO_MR) {
+      if (far)  // short pieces of distant rows, which no hardware foresees: of c for this block, of b for the next
+                // panel
+        for (int64_t i = m0; i < m0 + MIO_MR; ++i)
+#pragma GCC unroll 8
+          for (int v = 0; v < MIO_NV; ++v) {
+            __builtin_prefetch(c + i * ldc + n0 + v * kWidth<T>, 1);
+            if (i < k) __builtin_prefetch(b + b_panel + i * ldb + v * kWidth<T>, 0, 2);
+          }
       register_block<T, E, MIO_NV, kTransA, kAccumulate>(k, a + m0 * a_step, lda, b, ldb, c + m0 * ldc + n0, ldc);
+    }
   for (; n0 < n; n0 += kWidth<T>, b += kWidth<T>)
     for (int64_t m0 = 0; m0 < m; m0 += MIO_MR)
       register_block<T, E, 1, kTransA, kAccumulate>(k, a + m0 * a_step, lda, b, ldb, c + m0 * ldc + n0, ldc);

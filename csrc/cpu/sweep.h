@@ -49,8 +49,10 @@ class Sweep {
       scratch.allocate(row_block_, col_block_);
       schedule.work(
           [&](Schedule::Side side, int64_t block) {
-            side == Schedule::kRows ? x_.prepare(in_.x, block * row_block_, in_.normalize)
-                                    : y_.prepare(in_.y, block * col_block_, in_.normalize);
+            if (side == Schedule::kRows)
+              x_.prepare([&](int64_t i) { return in_.x_row(i); }, block * row_block_, in_.normalize);
+            else
+              y_.prepare([&](int64_t j) { return in_.y + j * in_.d; }, block * col_block_, in_.normalize);
           },
           [&](int64_t row, int64_t col) {
             tile(row * row_block_, col * col_block_, logits.data(), scratch, sums[row]);

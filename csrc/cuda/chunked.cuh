@@ -123,11 +123,11 @@ struct RowTerms {
 };
 
 template <int kWarps>
-MIO_DEVICE void write_record(const double (&sums)[kSums], PairSums* to) {
+MIO_DEVICE void write_record(const double (&sums)[kSums], PairSums* to, bool add = false) {
   auto* scratch = reinterpret_cast<double*>(shared_memory());
   auto* total = reinterpret_cast<PairSums*>(scratch + kWarps * kSums);
   block_total<kWarps>(sums, scratch, total);
-  if (threadIdx.x < kSums) fields(to)[threadIdx.x] = fields(total)[threadIdx.x];
+  if (threadIdx.x < kSums) fields(to)[threadIdx.x] = fields(total)[threadIdx.x] + (add ? fields(to)[threadIdx.x] : 0);
 }
 constexpr int kChunkShared = (kChunkWarps + 1) * int(sizeof(PairSums)) + 8;  // what write_record() takes, and a flag
 
@@ -165,8 +165,8 @@ MIO_DEVICE void project_row(const ChunkProjection& in, const Coefficients& coeff
   const int first = 8 * (threadIdx.x % kWideRowLanes);
   const int column = kIds ? -1 : in.pairs.positive(row);
   const float inverse = in.rows.inverse[row], y_inverse = column < 0 ? 0 : in.cols.inverse[column];
-  auto x_at = [&](float (&v)[8], int f) { unit_eight<A>(v, in.rows, false, row, in.width, f, inverse); };
-  auto y_at = [&](float (&v)[8], int f) { unit_eight<A>(v, in.cols, false, column, in.width, f, y_inverse); };
+  auto x_at = [&](float (&v)[8], int f) { unit_eight<A>(v, in.rows, in.rows.layout, row, in.width, f, inverse); };
+  auto y_at = [&](float (&v)[8], int f) { unit_eight<A>(v, in.cols, in.cols.layout, column, in.width, f, y_inverse); };
   float x[8], y[8];
   PositivePair pair;
   if constexpr (!kIds) {

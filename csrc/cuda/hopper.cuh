@@ -50,6 +50,7 @@ MIO_DEVICE void hold(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
 #define MIO_C4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define MIO_C16(i) MIO_C4(i), MIO_C4(i + 1), MIO_C4(i + 2), MIO_C4(i + 3)
 #define MIO_C32(i) MIO_C16(i), MIO_C16(i + 4)
+#define MIO_C64(i) MIO_C32(i), MIO_C32(i + 8)
 #define MIO_N32                                                                                   \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25" \
   ",%26,%27,%28,%29,%30,%31"
@@ -57,6 +58,11 @@ MIO_DEVICE void hold(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
   MIO_N32                                                                                            \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55" \
   ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define MIO_N128                                                                                         \
+  MIO_N64                                                                                                \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88" \
+  ",%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110"  \
+  ",%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // c [64, N] = a [64, 16] b^T, or c += it: both in shared memory. c lies as four warps' accumulators of mma() do, one
 // below the other.
@@ -79,18 +85,21 @@ MIO_DEVICE void hold(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
         : __VA_ARGS__                                                                                          \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()));                                          \
   }
-#define MIO_WGMMA(Type, type)                                                             \
-  MIO_WGMMA_SHARED(Type, type, 64, MIO_N32, "%32", "%33", "%34", MIO_C32(0))              \
-  MIO_WGMMA_SHARED(Type, type, 128, MIO_N64, "%64", "%65", "%66", MIO_C32(0), MIO_C32(8)) \
-  MIO_WGMMA_REGISTERS(Type, type, 64, MIO_N32, "%32,%33,%34,%35", "%36", MIO_C32(0))      \
+#define MIO_WGMMA(Type, type)                                                                  \
+  MIO_WGMMA_SHARED(Type, type, 64, MIO_N32, "%32", "%33", "%34", MIO_C32(0))                   \
+  MIO_WGMMA_SHARED(Type, type, 128, MIO_N64, "%64", "%65", "%66", MIO_C32(0), MIO_C32(8))      \
+  MIO_WGMMA_SHARED(Type, type, 256, MIO_N128, "%128", "%129", "%130", MIO_C64(0), MIO_C64(16)) \
+  MIO_WGMMA_REGISTERS(Type, type, 64, MIO_N32, "%32,%33,%34,%35", "%36", MIO_C32(0))           \
   MIO_WGMMA_REGISTERS(Type, type, 128, MIO_N64, "%64,%65,%66,%67", "%68", MIO_C32(0), MIO_C32(8))
 MIO_WGMMA(Bfloat16, "bf16")
 MIO_WGMMA(Float16, "f16")
 #undef MIO_WGMMA
 #undef MIO_WGMMA_REGISTERS
 #undef MIO_WGMMA_SHARED
+#undef MIO_N128
 #undef MIO_N64
 #undef MIO_N32
+#undef MIO_C64
 #undef MIO_C32
 #undef MIO_C16
 #undef MIO_C4

@@ -13,9 +13,6 @@
 
 namespace mio_ext {
 
-// Bytes of a chunk's products, which bound the chunked path's memory.
-constexpr int64_t kChunkBytes = int64_t(512) << 20;
-
 // float32 as torch.set_float32_matmul_precision() says: "highest" is not TF32.
 inline Arithmetic arithmetic_of(at::ScalarType type, int64_t d) {
   if (type == at::kBFloat16) return Arithmetic::kBf16;
@@ -46,32 +43,57 @@ inline void product_into(at::Tensor out, const at::Tensor& a, const at::Tensor& 
     product_into(out, a.to(out.scalar_type()), b.to(out.scalar_type()), accumulate);
 }
 
+// Whether a library multiplies as well by the rows as they come as by a copy; which, without normalize, has no others.
+inline bool is_direct(const at::Tensor& z, bool normalize) {
+  return !normalize && z.stride(1) == 1 && z.stride(0) % 8 == 0 && z.stride(0) >= z.size(1) &&
+         reinterpret_cast<uintptr_t>(z.const_data_ptr()) % 16 == 0;
+}
+
 // Memory of O(chunk K). Units of 2 M K D operations: 2 without y, else 1 and one for each gradient.
-inline void run_chunked(const PairwiseBCECuda& problem, const at::Tensor& workspace, at::ScalarType type,
-                        const at::Tensor& dx, const at::Tensor& dy, int64_t chunk_bytes, Stream stream) {
+inline void run_chunked(const PairwiseBCECuda& problem, const Call& call, const at::Tensor& workspace,
+                        const at::Tensor& dx, const at::Tensor& dy, int64_t most_chunk_rows, Stream stream) {
+  using at::Tensor;
+  const at::AutoDispatchBelowAutograd no_autograd;  // products with an `out` refuse features that require grad
+  const at::ScalarType type = call.x.scalar_type();
   const ChunkedCopies copies = chunked_copies(problem);
   auto copy = [&](size_t start, int64_t rows) {
     const int64_t bytes = rows * copies.width * int64_t(at::elementSize(type));
     return workspace.narrow(0, int64_t(start), bytes).view(type).view({rows, copies.width});
   };
-  const at::Tensor x = copy(copies.x, copies.m_pad), y = copy(copies.y, copies.k_pad);
-  const int64_t fit = chunk_bytes / (int64_t(copies.k_pad) * 4) / kChunkMultiple * kChunkMultiple;
-  const int64_t chunk = std::min<int64_t>(std::max<int64_t>(fit, kChunkMultiple), copies.m_pad);
-  const at::Tensor products = at::empty({chunk, copies.k_pad}, workspace.options().dtype(at::kFloat));
-  const at::Tensor coefficients = products.view(type).narrow(1, 0, copies.k_pad);
+  // For the gradients. The first product takes the whole width, of the copies.
+  auto right = [&](bool direct, const Tensor& z, size_t start, int64_t rows) {
+    return direct ? z : copy(start, rows).narrow(1, 0, problem.d);
+  };
+  const bool hopper = is_chunked_hopper(problem);
+  const Tensor x = problem.dy ? right(problem.x_direct, call.x, copies.x, copies.m_pad) : Tensor();
+  const Tensor y = !problem.dx ? Tensor()
+                   : call.y    ? right(problem.y_direct, *call.y, copies.y, copies.k_pad)
+                               : right(problem.x_direct, call.x, copies.x, copies.k_pad);
+  const int64_t chunk = std::min<int64_t>(chunk_rows(problem), most_chunk_rows);
+  Tensor products, g;
+  if (!hopper) {
+    products = at::empty({chunk, copies.k_pad}, workspace.options().dtype(at::kFloat));
+    g = products.view(type).narrow(1, 0, copies.k_pad);
+  } else if (problem.dx || problem.dy) {
+    g = at::empty({chunk, copies.k_pad}, workspace.options().dtype(type));
+  }
   launch_chunked_prepare(problem, stream);
   for (int64_t row0 = 0; row0 < problem.m; row0 += chunk) {
     const int64_t n = std::min(chunk, problem.m - row0);
-    const at::Tensor rows = x.narrow(0, row0, n), g = coefficients.narrow(0, 0, n);
-    product_into(products.narrow(0, 0, n), rows, y.t(), false);  // (2), but for the norms
-    launch_chunked_terms(problem, products.mutable_data_ptr<float>(), int(row0), int(n), stream);
-    if (problem.dx) product_into(dx.narrow(0, row0, n), g, y.narrow(1, 0, problem.d), false);  // (9)
-    if (problem.dy) product_into(dy, g.narrow(1, 0, problem.k).t(), rows.narrow(1, 0, problem.d), row0 > 0);
+    if (hopper) {
+      launch_chunked_logits(problem, g.defined() ? g.mutable_data_ptr() : nullptr, int(row0), int(n), stream);
+    } else {
+      const Tensor rows = copy(copies.x, copies.m_pad).narrow(0, row0, n);
+      product_into(products.narrow(0, 0, n), rows, copy(copies.y, copies.k_pad).t(), false);  // (2), but for the norms
+      launch_chunked_terms(problem, products.mutable_data_ptr<float>(), int(row0), int(n), stream);
+    }
+    if (problem.dx) product_into(dx.narrow(0, row0, n), g.narrow(0, 0, n).narrow(1, 0, y.size(0)), y, false);  // (9)
+    if (problem.dy) product_into(dy, g.narrow(0, 0, n).narrow(1, 0, problem.k).t(), x.narrow(0, row0, n), row0 > 0);
   }
   launch_chunked_project(problem, stream);
 }
 
-inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopper, int64_t chunk_bytes,
+inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopper, int64_t most_chunk_rows,
                                 Stream stream) {
   using at::Tensor;
   const auto options = call.x.options().dtype(at::kFloat);
@@ -114,13 +136,15 @@ inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopp
   problem.dparams = call.needs_grad[2] ? dparams.mutable_data_ptr<float>() : nullptr;
   problem.multiprocessors = multiprocessors;
   problem.hopper = hopper;
+  problem.x_direct = is_chunked_hopper(problem) && !call.x2 && is_direct(call.x, call.normalize);
+  problem.y_direct = is_chunked_hopper(problem) && call.y && is_direct(*call.y, call.normalize);
   const Tensor workspace = at::empty({int64_t(workspace_bytes(problem))}, options.dtype(at::kByte));
   problem.workspace = workspace.mutable_data_ptr();
 
   if (is_fused(problem))
     launch_pairwise_bce(problem, stream);
   else
-    run_chunked(problem, workspace, call.x.scalar_type(), dx, dy, chunk_bytes, stream);
+    run_chunked(problem, call, workspace, dx, dy, most_chunk_rows, stream);
   return {loss, stats, dx, dy, dparams};
 }
 

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a problem to launches: lays out the workspace and chooses the kernels. No torch here.
+#include <algorithm>
+
+#include "chunked_hopper.cuh"
 #include "launch.cuh"
 
 namespace mio_ext {
@@ -13,18 +16,21 @@ extern template struct LaunchHopper<Fp16>;
 extern template struct LaunchChunked<Bf16>;
 extern template struct LaunchChunked<Fp16>;
 extern template struct LaunchChunked<Fp32>;
+extern template struct LaunchChunkedHopper<Bf16>;
+extern template struct LaunchChunkedHopper<Fp16>;
 
 namespace {
 
 int padded_width(const PairwiseBCECuda& in) {
+  if (is_chunked_hopper(in)) return ceil_div(in.d, kBlockFeatures) * kBlockFeatures;
   if (!is_fused(in)) return ceil_div(in.d, 16) * 16;
   return in.d <= 64 ? 64 : in.d <= 128 ? 128 : 256;
 }
 
-bool half(const PairwiseBCECuda& in) {
-  return in.arithmetic == Arithmetic::kBf16 || in.arithmetic == Arithmetic::kFp16;
+bool uses_hopper(const PairwiseBCECuda& in) { return in.hopper && is_fused(in) && is_half(in) && (in.dx || in.dy); }
+Layout layout_of(const PairwiseBCECuda& in) {
+  return is_chunked_hopper(in) ? Layout::kGathered : uses_hopper(in) ? Layout::kTiled : Layout::kDense;
 }
-bool uses_hopper(const PairwiseBCECuda& in) { return in.hopper && is_fused(in) && half(in) && (in.dx || in.dy); }
 
 // The smallest tiles of any kernel, so the most blocks there can be.
 constexpr int kSmallestBlockM = 64;
@@ -58,8 +64,8 @@ struct Workspace {
 
   explicit Workspace(const PairwiseBCECuda& in) {
     Carver carver(in.workspace);
-    x = side(carver, in, in.m, in.x_ids);
-    y = in.y.data ? side(carver, in, in.k, in.y_ids) : x;
+    x = side(carver, in, in.m, in.x_ids, !in.x_direct && (in.y.data ? in.dy : in.dx));
+    y = in.y.data ? side(carver, in, in.k, in.y_ids, !in.y_direct && in.dx) : x;
     if (is_fused(in)) {
       // Splits never make more blocks than twice the slots, if one block a row block does not.
       const int64_t blocks = ceil_div(in.m > in.k ? in.m : in.k, kSmallestBlockM),
@@ -67,7 +73,8 @@ struct Workspace {
       n_records = int(2 * blocks + 2 * slots);
       n_tickets = 2 + ceil_div(in.m, kSmallestBlockM) + ceil_div(in.k, kSmallestBlockM);
     } else {
-      n_records = 2 * ceil_div(in.m, kChunkWarps);
+      const int rows = ceil_div(in.m, kChunkWarps);
+      n_records = (is_chunked_hopper(in) ? in.multiprocessors : rows) + rows;
       n_tickets = 1;
     }
     records = carver.take<PairSums>(n_records);
@@ -77,17 +84,20 @@ struct Workspace {
   }
 
  private:
-  static Prepared side(Carver& carver, const PairwiseBCECuda& in, int n, const int64_t* ids) {
+  // dense: a library takes the rows too, and p.z is not for it.
+  static Prepared side(Carver& carver, const PairwiseBCECuda& in, int n, const int64_t* ids, bool dense) {
     Prepared p{};
     p.n = n;
-    p.n_pad = ceil_div(n, kRowMultiple) * kRowMultiple;
-    const int element = half(in) ? 2 : 4;
-    p.z = carver.take<unsigned char>(int64_t(p.n_pad) * padded_width(in) * element);
+    const int multiple = is_chunked_hopper(in) ? WideTile::kBlockN : kRowMultiple;
+    p.n_pad = ceil_div(n, multiple) * multiple;
+    const int64_t bytes = int64_t(p.n_pad) * padded_width(in) * (is_half(in) ? 2 : 4);
+    p.z = carver.take<unsigned char>(bytes);
+    if (is_chunked_hopper(in) && dense) p.dense = carver.take<unsigned char>(bytes);
     p.inverse = carver.take<float>(p.n_pad);
     p.back = carver.take<float>(p.n_pad);
     p.half_norm = carver.take<float>(p.n_pad);
     p.ids = ids;
-    p.tiled = uses_hopper(in);
+    p.layout = layout_of(in);
     return p;
   }
 };
@@ -177,7 +187,9 @@ void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream) {
 ChunkedCopies chunked_copies(const PairwiseBCECuda& problem) {
   const Workspace work(problem);
   const auto* start = static_cast<unsigned char*>(problem.workspace);
-  auto place = [&](const Prepared& p) { return size_t(static_cast<unsigned char*>(p.z) - start); };
+  auto place = [&](const Prepared& p) {
+    return size_t(static_cast<unsigned char*>(is_chunked_hopper(problem) ? p.dense : p.z) - start);
+  };
   return {place(work.x), place(work.y), work.x.n_pad, work.y.n_pad, padded_width(problem)};
 }
 
@@ -185,6 +197,36 @@ void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream) {
   const Workspace work(problem);
   const Prepare prepare = prepare_of(problem, work);
   with_chunked(problem.arithmetic, [&](auto launch) { launch.prepare(prepare, stream); });
+}
+
+// Bytes of a chunk: of its float32 products, which grow with the columns alone; with the other kernel, of G, beside
+// gradients and copies of 12 bytes a feature, or 16. They leave a row of these and its column of G 16 KiB and 4 bytes a
+// feature, and tiles enough for the library's products of a chunk.
+int chunk_rows(const PairwiseBCECuda& problem) {
+  const Workspace work(problem);
+  constexpr int64_t kProductBytes = int64_t(512) << 20;
+  const int64_t fit = is_chunked_hopper(problem) ? std::max(8064 - 4 * padded_width(problem), 1024)
+                                                 : kProductBytes / (int64_t(work.y.n_pad) * 4);
+  const int64_t rows = std::max<int64_t>(fit / kChunkMultiple, 1) * kChunkMultiple;
+  return int(std::min<int64_t>(rows, work.x.n_pad));
+}
+
+void launch_chunked_logits(const PairwiseBCECuda& problem, void* g, int row0, int n, Stream stream) {
+  const Workspace work(problem);
+  ChunkLogits logits{};
+  logits.rows = work.x, logits.cols = work.y;
+  logits.pairs = pairs_of(problem);
+  logits.constants = problem.constants, logits.params = problem.params;
+  logits.normalize = problem.normalize;
+  logits.blocks = padded_width(problem) / kBlockFeatures;
+  logits.row0 = row0, logits.n = n;
+  logits.g = g;
+  logits.first = row0 == 0;
+  logits.records = work.records;
+  if (problem.arithmetic == Arithmetic::kBf16)
+    LaunchChunkedHopper<Bf16>::logits(logits, problem.multiprocessors, stream);
+  else
+    LaunchChunkedHopper<Fp16>::logits(logits, problem.multiprocessors, stream);
 }
 
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream) {

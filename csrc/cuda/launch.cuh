@@ -50,6 +50,13 @@ struct LaunchChunked {
   static void project(const ChunkProjection& in, Stream stream);
 };
 
+struct ChunkLogits;
+// Its products and terms in one, for compute capability 9.0; instantiated in instantiate/chunked_hopper.cu.
+template <class A>
+struct LaunchChunkedHopper {
+  static void logits(const ChunkLogits& in, int multiprocessors, Stream stream);
+};
+
 // Calls f with the width and whether there are ids as types, which the kernels are made for.
 template <class F>
 void with_width(int width, bool ids, F&& f) {

@@ -49,9 +49,11 @@ struct PairwiseBCECuda {
   float* dy;       // [K, D]
   float* dparams;  // [6]
   int multiprocessors;
-  // The kernel for compute capability 9.0, where there is one: for 16-bit features and a gradient. It takes a build for
-  // 9.0a, hopper_is_built().
+  // The kernel for compute capability 9.0, where there is one: for 16-bit features, and if these are few, a gradient.
+  // It takes a build for 9.0a, hopper_is_built().
   bool hopper;
+  // Chunked, with that kernel: a library multiplies by the features as they come, and no dense copy is made of them.
+  bool x_direct, y_direct;
   void* workspace;  // workspace_bytes(), aligned to 256
 };
 
@@ -66,6 +68,14 @@ inline bool is_fused(const PairwiseBCECuda& problem) {
   return problem.arithmetic != Arithmetic::kFp32 && problem.d <= kMaxFusedFeatures;
 }
 
+inline bool is_half(const PairwiseBCECuda& problem) {
+  return problem.arithmetic == Arithmetic::kBf16 || problem.arithmetic == Arithmetic::kFp16;
+}
+// Whether the chunked path's logits are chunk_hopper_kernel's.
+inline bool is_chunked_hopper(const PairwiseBCECuda& problem) {
+  return problem.hopper && is_half(problem) && !is_fused(problem);
+}
+
 bool hopper_is_built();
 
 size_t workspace_bytes(const PairwiseBCECuda& problem);
@@ -75,14 +85,19 @@ size_t workspace_bytes(const PairwiseBCECuda& problem);
 void launch_pairwise_bce(const PairwiseBCECuda& problem, Stream stream);
 
 // The chunked path, for all else. A call is prepare; for every chunk of rows, products of the copies x and y by a
-// library, terms, and the gradients of the copies, made of G by a library; project.
+// library and terms, or logits, which are both; and the gradients of the copies, made of G by a library; project.
 struct ChunkedCopies {
   size_t x, y;  // where they begin in the workspace: [m_pad, width] and [k_pad, width] of the features' type
   int m_pad, k_pad, width;
 };
 constexpr int kChunkMultiple = 128;  // of rows
 ChunkedCopies chunked_copies(const PairwiseBCECuda& problem);
+// Rows of a chunk, a multiple of that.
+int chunk_rows(const PairwiseBCECuda& problem);
 void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream);
+// If is_chunked_hopper(): G of rows row0 to row0 + n - 1 in the features' type, [n up to kChunkMultiple, k_pad];
+// nullptr: not wanted.
+void launch_chunked_logits(const PairwiseBCECuda& problem, void* g, int row0, int n, Stream stream);
 // products [n, k_pad] of rows row0 to row0 + n - 1 become G in the features' type: row i begins where it did. dx
 // [M, D] is then G times y, and dy [K, D] its transpose times x, summed over chunks.
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream);

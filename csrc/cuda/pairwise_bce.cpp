@@ -24,12 +24,13 @@ Outputs pairwise_bce(const Call& call) {
             minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device);
   TORCH_CHECK(major >= 8, "pairwise_bce: backend 'cuda' needs compute capability 8.0 or later, got ", major, ".",
               minor);
-  // Small batches go to the kernel that does it all in one launch.
-  const bool hopper = hopper_is_built() && major == 9 && minor == 0 && std::max(call.m(), call.k()) > kTogetherRows;
+  // Small batches of few features go to the kernel that does it all in one launch.
+  const bool small = std::max(call.m(), call.k()) <= kTogetherRows && call.d() <= kMaxFusedFeatures;
+  const bool hopper = hopper_is_built() && major == 9 && minor == 0 && !small;
   // The library's products are of these types and no others.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Outputs outputs = run_pairwise_bce(call, device_attribute(cudaDevAttrMultiProcessorCount, device), hopper,
-                                           kChunkBytes, c10::cuda::getCurrentCUDAStream(call.x.device().index()));
+                                           kMaxRows, c10::cuda::getCurrentCUDAStream(call.x.device().index()));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return outputs;
 }

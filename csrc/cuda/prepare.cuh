@@ -14,13 +14,14 @@ namespace mio_ext {
 
 // A side of the problem as prepare_kernel leaves it.
 struct Prepared {
-  void* z;             // [n_pad, parts, width] of what the tensor cores take, or tiled
+  void* z;             // [n_pad, parts, width] of what the tensor cores take, in `layout`
+  void* dense;         // [n_pad, width] the same again, for a library; or nullptr
   float* inverse;      // [n_pad] the unit vector is z' inverse, for the copy z'; eq. (1)
   float* back;         // [n_pad] dL/dz = (I - z^ z^T) dL/dz^ back; eq. (10)
   float* half_norm;    // [n_pad] |z^|^2 / 2, for the distance in eq. (12), with ids
   const int64_t* ids;  // [n] or nullptr
   int n, n_pad;
-  bool tiled;
+  Layout layout;
 };
 
 constexpr int kPrepareWarps = 4;
@@ -98,13 +99,16 @@ MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
   }
   float norm2 = 0;
   auto* copy = reinterpret_cast<Element*>(static_cast<unsigned char*>(out.z) +
-                                          row_at(out.tiled, row, in.width * A::kParts * int(sizeof(Element))));
+                                          row_at(out.layout, row, in.width * A::kParts * int(sizeof(Element))));
   for (int f = 8 * lane; f < in.width; f += 8 * kLanes) {
     float v[8];
     features.eight(v, f);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] *= power;
-    put_eight<A>(copy + feature_at(out.tiled, row, f), in.width, v);
+    put_eight<A>(copy + feature_at(out.layout, row, f), in.width, v);
+    if constexpr (sizeof(Element) == 2 && A::kParts == 1) {
+      if (out.dense) store_eight(static_cast<Element*>(out.dense) + int64_t(row) * in.width + f, v);
+    }
     norm2 += dot_eight(v, v);
   }
   norm2 = sum_lanes<kLanes>(norm2);
@@ -118,11 +122,12 @@ MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
 
 // Eight features of a row's unit vector (1), from the copy.
 template <class A>
-MIO_DEVICE void unit_eight(float (&v)[8], const Prepared& from, bool tiled, int row, int width, int f, float inverse) {
+MIO_DEVICE void unit_eight(float (&v)[8], const Prepared& from, Layout layout, int row, int width, int f,
+                           float inverse) {
   using Element = typename A::Element;
   const auto* at = reinterpret_cast<const Element*>(static_cast<const unsigned char*>(from.z) +
-                                                    row_at(tiled, row, width * A::kParts * int(sizeof(Element))));
-  get_eight<A>(v, at + feature_at(tiled, row, f), width);
+                                                    row_at(layout, row, width * A::kParts * int(sizeof(Element))));
+  get_eight<A>(v, at + feature_at(layout, row, f), width);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = rounded_product(v[i], inverse);
 }

@@ -123,7 +123,8 @@ struct RowProjection {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) unit_eight<A>(x[i], from, T::kTiled, row, T::kWidth, feature(lane, i), inverse);
+      for (int i = 0; i < kGroups; ++i)
+        unit_eight<A>(x[i], from, T::kLayout, row, T::kWidth, feature(lane, i), inverse);
     }
   }
 

@@ -40,7 +40,7 @@ MIO_DEVICE void produce(const Sweep& in, uint32_t smem, int first, int end) {
   mbarrier_arrive_expecting(state.rows_there(), T::kBlockM * T::kRowBytes);
   bulk_copy(smem, rows, T::kBlockM * T::kRowBytes, state.rows_there());
   for (int col0 = first; col0 < end; col0 += T::kBlockN, state.next()) {
-    const auto* columns = static_cast<const unsigned char*>(in.cols.z) + row_at(true, col0, T::kRowBytes);
+    const auto* columns = static_cast<const unsigned char*>(in.cols.z) + row_at(T::kLayout, col0, T::kRowBytes);
     mbarrier_wait(state.empty(), state.parity ^ 1);
     mbarrier_arrive_expecting(state.full(), T::kBlockN * (T::kRowBytes + 4));
     for (int block = 0; block < T::kBlocks; ++block)

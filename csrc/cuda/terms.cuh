@@ -2,7 +2,7 @@
 // The arithmetic of a tile of logits in registers, eq. (7)-(8) and (11)-(12): it becomes loss, statistics and G,
 // d loss / d (x.y), from one exponential and one reciprocal each.
 //
-// A thread holds, of every 16 x 8 numbers, rows g and g + 8 (g = lane / 4) and columns 2q, 2q + 1 (q = lane % 4).
+// A thread holds of a tile the rows and columns that `Order` says (tile.h).
 #pragma once
 
 #include <type_traits>
@@ -111,7 +111,7 @@ struct TwoBoundedTerms {
 
 // What a thread's F x 2 rows need of a sweep without ids, and its sums over negative pairs. G is sigma
 // alone; weight_n comes in at the end.
-template <class A, int F>
+template <class A, int F, class Order>
 struct NegativeTerms {
   float scale[F][2];  // logit = (product without the row's norm) scale + bias; -inf for rows that do not exist
   float bias[F][2];
@@ -131,7 +131,7 @@ struct NegativeTerms {
     for (int f = 0; f < F; ++f)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = row0 + 16 * f + 8 * h;
+        const int row = row0 + 16 * f + Order::kNextRow * h;
         scale[f][h] = rows.inverse[row] * coefficients.n / A::kLift;
         bias[f][h] = row < rows.n ? coefficients.bias : -float_of(0x7f800000u);
       }
@@ -157,28 +157,28 @@ struct NegativeTerms {
   // kCrossed: pairs that are no negative ones take no part, and G is 0 there.
   template <class Two, bool kCrossed, bool kLoss, int N>
   MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0) {
-    const int column = threadIdx.x % 4 * 2;
+    const int column = threadIdx.x % 4 * Order::kLaneColumns;
 #pragma unroll
     for (int f = 0; f < F; ++f) {
       typename Two::Sum sum;
       int positive[2], own[2], end = 0;  // columns from this thread's first on
       if constexpr (kCrossed) {          // braces: without them nvcc 13.0 leaves out the loop that follows
         for (int h = 0; h < 2; ++h) {
-          positive[h] = pairs.positive(row0 + 16 * f + 8 * h) - col0 - column;
-          own[h] = pairs.own(row0 + 16 * f + 8 * h) - col0 - column;
+          positive[h] = pairs.positive(row0 + 16 * f + Order::kNextRow * h) - col0 - column;
+          own[h] = pairs.own(row0 + 16 * f + Order::kNextRow * h) - col0 - column;
         }
         end = n_cols - col0 - column;
       }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const float2 factor = load_shared_pair(factors + (8 * n + column) * 4);
+        const float2 factor = load_shared_pair(factors + (Order::column(n) + column) * 4);
         const float c[2] = {factor.x * A::kLift, factor.y * A::kLift};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float v[2], t[2];
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const int col = 8 * n + j;
+            const int col = Order::column(n) + j;
             v[j] = s[f][n][2 * h + j] * c[j];
             t[j] = v[j] * scale[f][h] + bias[f][h];
             if (kCrossed && (col == positive[h] || col == own[h] || col >= end))
@@ -216,7 +216,7 @@ struct NegativeTerms {
     for (int f = 0; f < F; ++f)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const double inverse = double(rows.inverse[row0 + 16 * f + 8 * h]) / A::kLift;
+        const double inverse = double(rows.inverse[row0 + 16 * f + Order::kNextRow * h]) / A::kLift;
         out.negative.product += product[f][h] * inverse;
         out.negative.sigmoid_prod += sigmoid_product[f][h] * inverse;
       }
@@ -259,7 +259,7 @@ struct LabelledWeights {
 };
 
 // With ids any pair may be positive.
-template <class A, int F>
+template <class A, int F, class Order>
 struct LabelledTerms {
   float inverse[F][2];
   int64_t id[F][2];
@@ -275,7 +275,7 @@ struct LabelledTerms {
     for (int f = 0; f < F; ++f)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = row0 + 16 * f + 8 * h;
+        const int row = row0 + 16 * f + Order::kNextRow * h;
         inverse[f][h] = rows.inverse[row] / A::kLift;
         id[f][h] = row < rows.n ? rows.ids[row] : 0;
       }
@@ -288,14 +288,14 @@ struct LabelledTerms {
   // As in NegativeTerms, for every tile.
   template <int N>
   MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0, bool, bool) {
-    const int column = threadIdx.x % 4 * 2;
+    const int column = threadIdx.x % 4 * Order::kLaneColumns;
     float relu_p = 0, relu_n = 0, p_p = 0, p_n = 0;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const float2 factor = load_shared_pair(factors + (8 * n + column) * 4);
+      const float2 factor = load_shared_pair(factors + (Order::column(n) + column) * 4);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int col = col0 + 8 * n + column + j;
+        const int col = col0 + Order::column(n) + column + j;
         const int64_t col_id = col < cols.n ? cols.ids[col] : 0;
         const float c = (j ? factor.y : factor.x) * A::kLift;
 #pragma unroll
@@ -303,7 +303,7 @@ struct LabelledTerms {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float& at = s[f][n][2 * h + j];
-            const int row = row0 + 16 * f + 8 * h;
+            const int row = row0 + 16 * f + Order::kNextRow * h;
             const bool keep = row < rows.n && col < cols.n && col != pairs.own(row);
             const bool same = keep && id[f][h] == col_id;
             const float product = at * c * inverse[f][h];
@@ -335,7 +335,7 @@ struct LabelledTerms {
   }
 };
 
-template <class A, int F, bool kIds>
-using TileTerms = std::conditional_t<kIds, LabelledTerms<A, F>, NegativeTerms<A, F>>;
+template <class A, int F, bool kIds, class Order = Straight>
+using TileTerms = std::conditional_t<kIds, LabelledTerms<A, F, Order>, NegativeTerms<A, F, Order>>;
 
 }  // namespace mio_ext

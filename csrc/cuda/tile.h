@@ -46,13 +46,49 @@ struct Fp16x3 {
   static constexpr float kLift = 1;
 };
 
+constexpr int kRowMultiple = 128;  // prepared rows are padded to it; every kBlockM and kBlockN divides it
+
+// How prepared rows lie. Dense: one after the other. Tiled, as compute capability 9.0 takes features of 16 bits:
+// kRowMultiple rows after the others, of these 64 features after the others, and there a row is 128 bytes, of which the
+// 16-byte chunk c of row r lies at c ^ (r % 8). Gathered: tiled, with row r in the place of gathered(r).
+enum class Layout { kDense, kTiled, kGathered };
+constexpr int kBlockRowBytes = 128;
+constexpr int kBlockFeatures = 64;
+
+// Bits 1 and 2 of a number change places with bits 3 and 4; twice, and it is the number again.
+MIO_HOST_DEVICE constexpr int gathered(int row) { return (row & ~30) | (row >> 2 & 6) | (row << 2 & 24); }
+
+// Where a row begins, in bytes, and how many elements further on its feature f is.
+MIO_HOST_DEVICE int64_t row_at(Layout layout, int row, int row_bytes) {
+  if (layout == Layout::kDense) return int64_t(row) * row_bytes;
+  const int place = layout == Layout::kGathered ? gathered(row) : row;
+  return int64_t(place / kRowMultiple) * kRowMultiple * row_bytes + place % kRowMultiple * kBlockRowBytes;
+}
+MIO_HOST_DEVICE int feature_at(Layout layout, int row, int f) {
+  if (layout == Layout::kDense) return f;
+  const int place = layout == Layout::kGathered ? gathered(row) : row;
+  return f / kBlockFeatures * (kRowMultiple * kBlockFeatures) + (f / 8 % 8 ^ place % 8) * 8 + f % 8;
+}
+
+// Which rows and columns of a tile a thread's numbers are. Of every 16 x 8 places an accumulator holds rows g and g + 8
+// and columns 2q, 2q + 1, with g = lane / 4 and q = lane % 4. Where the operands' rows are gathered, its second row is
+// 2 after its first, and what a thread has of 32 columns lies side by side: 16 bytes of G.
+struct Straight {
+  static constexpr int kNextRow = 8, kLaneColumns = 2;
+  MIO_HOST_DEVICE static constexpr int column(int n) { return 8 * n; }  // the first, where q = 0
+};
+struct Gathered {
+  static constexpr int kNextRow = 2, kLaneColumns = 8;
+  MIO_HOST_DEVICE static constexpr int column(int n) { return n / 4 * 32 + n % 4 * 2; }
+};
+
 // A block of four warps owns kBlockM rows, kRowFragments x 16 to a warp, and goes over tiles of kBlockN columns.
 // What fills registers is the rows' gradient: kRowFragments kWidth / 2 numbers a thread. Two row fragments a warp
 // halve the traffic from shared memory, which at one would bound the rate; at 256 features there is room for one.
 // All of them fit into 99 KiB, the least that a GPU of capability 8.0 or later lets a block have.
 template <class A, int kWidth_>
 struct Tile {
-  static constexpr bool kTiled = false;   // the rows are: see row_at()
+  static constexpr Layout kLayout = Layout::kDense;
   static constexpr int kWidth = kWidth_;  // features, padded
   // A block makes the gradient of this many features. Halves of 256 would not fit in registers: there the sweep is
   // done twice.
@@ -77,28 +113,11 @@ struct Tile {
   static constexpr int kSharedBytes = kColumnsAt + kStages * kStageBytes;
 };
 
-constexpr int kRowMultiple = 128;  // prepared rows are padded to it; every kBlockM and kBlockN divides it
-
-// Prepared rows lie one after the other, row_bytes each; or tiled, as compute capability 9.0 takes features of 16 bits:
-// kRowMultiple rows after the others, of these 64 features after the others, and there a row is 128 bytes, of which the
-// 16-byte chunk c of row r lies at c ^ (r % 8).
-constexpr int kBlockRowBytes = 128;
-constexpr int kBlockFeatures = 64;
-// Where a row begins, in bytes, and how many elements further on its feature f is.
-MIO_HOST_DEVICE int64_t row_at(bool tiled, int row, int row_bytes) {
-  if (!tiled) return int64_t(row) * row_bytes;
-  return int64_t(row / kRowMultiple) * kRowMultiple * row_bytes + row % kRowMultiple * kBlockRowBytes;
-}
-MIO_HOST_DEVICE int feature_at(bool tiled, int row, int f) {
-  if (!tiled) return f;
-  return f / kBlockFeatures * (kRowMultiple * kBlockFeatures) + (f / 8 % 8 ^ row % 8) * 8 + f % 8;
-}
-
 // For compute capability 9.0, features of 16 bits: two consumers of four warps, with 64 rows each, and a
 // producer of four. Tiles fill what registers the gradient leaves, and what shared memory a multiprocessor has.
 template <class A, int kWidth_>
 struct HopperTile {
-  static constexpr bool kTiled = true;
+  static constexpr Layout kLayout = Layout::kTiled;
   static constexpr int kWidth = kWidth_, kSlice = kWidth;
   static constexpr int kRowBytes = 2 * kWidth;
   static constexpr int kConsumers = 2;
@@ -117,6 +136,25 @@ struct HopperTile {
   static constexpr int kColumnsAt = kBlockM * kRowBytes;  // the rows come first
   static constexpr int kBarriersAt = kColumnsAt + kStages * kStageBytes;
   static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
+};
+
+// The chunked path's, for compute capability 9.0: logits of a tile over all features, 64 at a time.
+struct WideTile {
+  static constexpr int kConsumers = 2;
+  static constexpr int kWarps = 4 * kConsumers, kThreads = 32 * kWarps;  // without the producer's, which come last
+  static constexpr int kProducerThreads = 128;
+  static constexpr int kConsumerRows = 64;
+  static constexpr int kBlockM = kConsumerRows * kConsumers;
+  static constexpr int kBlockN = 256;  // 128 registers a thread
+  static constexpr int kStages = 4;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+  static constexpr int kGroupBytes = kRowMultiple * kBlockRowBytes;  // 128 rows of 64 features, one bulk copy
+  static constexpr int kColumnsAt = kBlockM * kBlockRowBytes;        // in a stage; the rows come first
+  static constexpr int kStageBytes = kColumnsAt + kBlockN * kBlockRowBytes;
+  static constexpr int kFactorsAt = kStages * kStageBytes, kFactorBytes = kBlockN * 4;  // of this tile and the next
+  static constexpr int kBarriersAt = kFactorsAt + 2 * kFactorBytes;
+  static constexpr int kSharedBytes = kBarriersAt + 16 * kStages;
 };
 
 // Rows in shared memory are whole multiples of 128 bytes, so equal columns of all rows share a bank. The 16-byte

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA backend's host code on CPU tensors, with its kernels in cuda_emulator.h: mio_ext_emulated::portable is
-// mio_ext::pairwise_bce, with chunks of few bytes and few multiprocessors; ::hopper takes the kernel for compute
-// capability 9.0 where there is one. tests/package/test_cuda.py builds it.
+// mio_ext::pairwise_bce, with the smallest chunks and few multiprocessors; ::hopper takes the kernels for compute
+// capability 9.0 where there are such. tests/package/test_cuda.py builds it.
 #include <torch/library.h>
 
 #include "autograd.h"
@@ -14,8 +14,7 @@ template <bool kHopper>
 Outputs emulated(const Call& call) {
   check_supported(call);
   constexpr int kMultiprocessors = 3;
-  constexpr int64_t kSmallChunk = 1;  // the least there can be
-  return run_pairwise_bce(call, kMultiprocessors, kHopper, kSmallChunk, nullptr);
+  return run_pairwise_bce(call, kMultiprocessors, kHopper, kChunkMultiple, nullptr);
 }
 
 }  // namespace

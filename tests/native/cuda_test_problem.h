@@ -147,7 +147,75 @@ struct Options {
   bool hopper = false;
   bool variant = false;  // the six numbers in a tensor, the rows in two, gradients at an odd address
   bool want_dx = true;
+  int most_chunk_rows = 1 << 20;
 };
+
+// Device memory as numbers of float64: float32, or 16 bits of the features' type.
+inline std::vector<double> read(const Type& type, const void* from, int64_t count, int bytes) {
+  std::vector<unsigned char> raw(size_t(count * bytes));
+#if defined(__CUDACC__)
+  check_device(cudaMemcpy(raw.data(), from, raw.size(), cudaMemcpyDeviceToHost));
+#else
+  std::memcpy(raw.data(), from, raw.size());
+#endif
+  std::vector<double> numbers(static_cast<size_t>(count));
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    float v;
+    uint16_t half;
+    bytes == 4 ? std::memcpy(&v, &raw[4 * i], 4) : std::memcpy(&half, &raw[2 * i], 2);
+    numbers[i] = bytes == 4 ? v : widen(type.arithmetic, half);
+  }
+  return numbers;
+}
+inline void write(void* to, const std::vector<float>& numbers) {
+#if defined(__CUDACC__)
+  check_device(cudaMemcpy(to, numbers.data(), numbers.size() * 4, cudaMemcpyHostToDevice));
+#else
+  std::memcpy(to, numbers.data(), numbers.size() * 4);
+#endif
+}
+
+// As host.h does, with the library's products on the host.
+inline void run_chunked(const PairwiseBCECuda& p, const Type& type, int most_chunk_rows) {
+  const ChunkedCopies copies = chunked_copies(p);
+  const auto* start = static_cast<const unsigned char*>(p.workspace);
+  const int fit = chunk_rows(p), chunk = fit < most_chunk_rows ? fit : most_chunk_rows;
+  Buffer g_buffer(size_t(chunk) * size_t(copies.k_pad) * 2, 256);
+  const bool grad = p.dx || p.dy;
+  launch_chunked_prepare(p, nullptr);
+  wait_for_device();
+  const bool symmetric = !p.y.data;
+  auto features = [&](bool wanted, bool direct, const Features& z, size_t at, int rows) {
+    if (!wanted) return std::vector<double>();
+    return direct ? read(type, z.data, int64_t(rows) * p.d, 2)
+                  : read(type, start + at, int64_t(rows) * copies.width, 2);
+  };
+  const bool y_direct = symmetric ? p.x_direct : p.y_direct;
+  const std::vector<double> x = features(p.dy, p.x_direct, p.x, copies.x, p.m);
+  const std::vector<double> y = features(p.dx, y_direct, symmetric ? p.x : p.y, copies.y, p.k);
+  const int64_t x_stride = p.x_direct ? p.d : copies.width, y_stride = y_direct ? p.d : copies.width;
+  std::vector<double> dy(p.dy ? size_t(p.k) * size_t(p.d) : 0);
+  for (int row0 = 0; row0 < p.m; row0 += chunk) {
+    const int n = p.m - row0 < chunk ? p.m - row0 : chunk;
+    launch_chunked_logits(p, grad ? g_buffer.data() : nullptr, row0, n, nullptr);
+    wait_for_device();
+    const std::vector<double> g = grad ? read(type, g_buffer.data(), int64_t(n) * copies.k_pad, 2) : dy;
+    std::vector<float> dx(size_t(n) * size_t(p.d));
+    for (int i = 0; i < n; ++i) {
+      std::vector<double> row(size_t(p.d), 0.0);
+      for (int j = 0; j < p.k && grad; ++j) {
+        const double g_ij = g[size_t(i) * size_t(copies.k_pad) + size_t(j)];
+        for (int f = 0; f < p.d && p.dx; ++f) row[size_t(f)] += g_ij * y[size_t(j * y_stride + f)];
+        for (int f = 0; f < p.d && p.dy; ++f)
+          dy[size_t(j) * size_t(p.d) + size_t(f)] += g_ij * x[size_t((row0 + i) * x_stride + f)];
+      }
+      for (int f = 0; f < p.d; ++f) dx[size_t(i) * size_t(p.d) + size_t(f)] = float(row[size_t(f)]);
+    }
+    if (p.dx) write(p.dx + int64_t(row0) * p.d, dx);
+  }
+  if (p.dy) write(p.dy, std::vector<float>(dy.begin(), dy.end()));
+  launch_chunked_project(p, nullptr);
+}
 
 inline Outputs run(const Type& type, const Case& c, const LossParams& params, const Input& x, const Input& y,
                    const std::vector<int64_t>& x_ids, const std::vector<int64_t>& y_ids, const Options& options) {
@@ -183,9 +251,11 @@ inline Outputs run(const Type& type, const Case& c, const LossParams& params, co
   p.dparams = dparams.as<float>();
   p.multiprocessors = options.multiprocessors;
   p.hopper = options.hopper;
+  const bool direct = !c.normalize && c.d % 8 == 0 && x.features.col_stride == 1;
+  p.x_direct = direct && p.x_rows == p.m, p.y_direct = direct && c.k;
   Buffer workspace(workspace_bytes(p), 256);
   p.workspace = workspace.data();
-  launch_pairwise_bce(p, nullptr);
+  is_fused(p) ? launch_pairwise_bce(p, nullptr) : run_chunked(p, type, options.most_chunk_rows);
   wait_for_device();
   loss.get(&out.loss), stats.get(out.stats.data()), dx.get(dx_with_odd.data());
   std::copy(dx_with_odd.begin() + odd, dx_with_odd.end(), out.dx.begin());

@@ -23,7 +23,6 @@
 #include <map>
 #include <memory>
 #include <random>
-#include <set>
 #include <vector>
 
 #define __global__
@@ -99,10 +98,15 @@ struct Thread {
 
 struct Warp {
   int arrived = 0;
+  int64_t arrivals = 0;  // ever
   void* arguments[32];
   void (*op)(void**) = nullptr;
   std::vector<std::vector<std::function<void()>>> groups{1};  // of wgmma, as a Thread's
-  std::set<const void*> busy;                                 // what these write, NaN until the wait
+  struct Accumulator {
+    std::vector<float> value;  // what the products that are done have made of it
+    int open = 0;              // products under way that write there
+  };
+  std::map<const void*, Accumulator> busy;  // the registers there are NaN until the wait for the last of them
   bool fenced = false;
 };
 
@@ -184,6 +188,12 @@ void wait_until(F&& over) {
   machine.moved = true;
 }
 
+// Lets the block's other warps run first.
+inline void pause() {
+  machine.moved = true;
+  wait_as(State::kPolling);
+}
+
 inline void fiber() {
   machine.body();
   self().state = State::kDone;
@@ -206,7 +216,8 @@ inline void start_or_resume(unsigned t) {
 }
 
 inline void run_warp(unsigned warp) {
-  int arrived = -1;
+  Warp& its = machine.warps[warp];
+  int64_t seen = its.arrivals;
   for (bool progress = true; progress;) {
     progress = false;
     for (unsigned t = 32 * warp; t < 32 * warp + 32; ++t)
@@ -215,13 +226,13 @@ inline void run_warp(unsigned warp) {
         start_or_resume(t);
       }
     // Some lanes may be past a wait that others have yet to see is over.
-    if (!progress && machine.warps[warp].arrived > std::max(arrived, 0)) {
-      arrived = machine.warps[warp].arrived;
+    if (!progress && its.arrived && its.arrivals > seen) {
+      seen = its.arrivals;
       for (unsigned t = 32 * warp; t < 32 * warp + 32; ++t)
         if (machine.threads[t].state == State::kPolling) machine.threads[t].state = State::kReady, progress = true;
     }
   }
-  if (machine.warps[warp].arrived) fail("a warp's collective was not reached by all its lanes");
+  if (its.arrived) fail("a warp's collective was not reached by all its lanes");
 }
 
 // Runs a block to its end, or to where it waits for the grid: true.
@@ -257,6 +268,7 @@ inline void collective(void* arguments, void (*op)(void**)) {
   if (warp.arrived && warp.op != op) fail("the lanes of a warp are at different instructions");
   warp.op = op;
   warp.arguments[machine.current % 32] = arguments;
+  ++warp.arrivals;
   if (++warp.arrived < 32) return wait_as(State::kInWarp);
   warp.arrived = 0;
   op(warp.arguments);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instructions of csrc/cuda/hopper.cuh, on the CPU. All that may happen late does: products are made at the wait,
-// from what registers and shared memory hold then, and leave NaN until then; a copy turns its target into NaN and is
-// delivered some time after a thread begins to wait for it.
+// once all other warps have run, from what registers and shared memory hold then, and leave NaN until then; a copy
+// turns its target into NaN and is delivered some time after a thread begins to wait for it.
 #pragma once
 
 namespace mio_ext {
@@ -16,6 +16,7 @@ inline void wgmma_commit() {
 }
 template <int kOpenGroups>
 void wgmma_wait() {
+  emulator::pause();
   emulator::collective(nullptr, [](void**) {
     auto& groups = emulator::own_warp().groups;
     if (!groups.back().empty()) emulator::fail("a wait for products that are not committed");
@@ -55,18 +56,15 @@ void wgmma_op(void** lanes) {
   if (!warp.fenced) emulator::fail("a product without a fence");
   struct Work {
     WarpProduct lane[32];
-    bool first[32];  // of those under way to write there
-    float before[32][N / 8][4];
   };
   auto work = std::make_shared<Work>();
   const int row0 = int(emulator::machine.current / 32 % 4) * 16;
   for (int l = 0; l < 32; ++l) {
     WarpProduct& p = work->lane[l] = *static_cast<WarpProduct*>(lanes[l]);
-    const size_t bytes = sizeof(work->before[l]);
-    work->first[l] = warp.busy.insert(p.c).second;
-    if (!work->first[l]) continue;
-    std::memcpy(work->before[l], p.c, bytes);
-    std::memset(p.c, 0xff, bytes);
+    emulator::Warp::Accumulator& to = warp.busy[p.c];
+    if (to.open++ > 0) continue;
+    to.value.assign(p.c[0], p.c[0] + N / 2);
+    std::memset(p.c, 0xff, sizeof(float) * N / 2);
   }
   warp.groups.back().push_back([work, row0, &warp] {
     float a[16][16], b[16][N];
@@ -81,17 +79,18 @@ void wgmma_op(void** lanes) {
     for (int l = 0; l < 32; ++l) {
       const WarpProduct& p = work->lane[l];
       if (p.b != one.b || p.a_matrix != one.a_matrix) emulator::fail("lanes with different matrices");
-      if (work->first[l]) {
-        std::memcpy(p.c, work->before[l], sizeof(work->before[l]));
-        warp.busy.erase(p.c);
-      }
+      emulator::Warp::Accumulator& to = warp.busy[p.c];
       for (int n = 0; n < N / 8; ++n)
         for (int i = 0; i < 4; ++i) {
-          double sum = p.add ? p.c[n][i] : 0;
+          float& c = to.value[size_t(4 * n + i)];
+          double sum = p.add ? c : 0;
           const int row = l / 4 + i / 2 * 8, column = 8 * n + l % 4 * 2 + i % 2;
           for (int k = 0; k < 16; ++k) sum += double(a[row][k]) * double(b[k][column]);
-          p.c[n][i] = emulator::cut_off(sum);
+          c = emulator::cut_off(sum);
         }
+      if (--to.open > 0) continue;
+      std::memcpy(p.c, to.value.data(), sizeof(float) * N / 2);
+      warp.busy.erase(p.c);
     }
   });
 }

@@ -188,7 +188,12 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize("dtype", NOT_FINITE, ids=str)
+@pytest.mark.parametrize(
+    "emulated, dtype",
+    [*(("portable", dtype) for dtype in NOT_FINITE), ("hopper", torch.bfloat16), ("hopper", torch.float16)],
+    indirect=["emulated"],
+    ids=str,
+)
 def test_not_finite_features_reach_the_loss_of_wide_rows(dtype, labelled, emulated):
     """NaN of several bit patterns and Inf, chunked; pairwise_bce_cuda_test.cpp has the fused kernels."""
     labels = torch.arange(40) % 3 if labelled else None
@@ -241,3 +246,36 @@ def test_views_that_agree(noise, dim, dtype, precision, emulated):
                 assert_no_worse_than(grad, plain_grad, exact_grad, TOLERANCE[dtype][1] if dtype.itemsize == 2 else 1)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("emulated", ["portable", "hopper"], indirect=True)
+@pytest.mark.parametrize("m, k, dim", [(140, 290, 272), (290, 140, 270)])
+@pytest.mark.parametrize("form", ["plain", "ids", "strided"])
+@pytest.mark.parametrize("frozen", ["", "x", "y", "xy"])
+def test_siglip_loss_of_wide_rows_in_16_bits(frozen, form, m, k, dim, emulated):
+    """Chunks of 128 rows. Plain rows of 272 features the library takes as they are, the others from a copy."""
+    x, y = (torch.nn.functional.normalize(z).bfloat16() for z in views(290, dim))
+    x, y = x[:m], y[:k]
+    if form == "strided":
+        x, y = (t.T.contiguous().T for t in (x, y))
+    ids = {"image_ids": torch.arange(m) % 10, "text_ids": torch.arange(k) * 3 % 10} if form == "ids" else {}
+    results = []
+    for backend, dtype in (("cpu", torch.bfloat16), ("reference", torch.float64)):
+        a, b = (t.detach().to(dtype).requires_grad_(name not in frozen) for name, t in (("x", x), ("y", y)))
+        loss = siglip_loss(a, b, 10.0, -5.0, backend=backend, negative_only=k < m and not ids, **ids)
+        wanted = [t for t in (a, b) if t.requires_grad]
+        results.append((loss, *(torch.autograd.grad(loss * 2.0**12, wanted) if wanted else ())))
+    (loss, *grads), (exact, *exact_grads) = results
+    loss_limit, grad_limit = TOLERANCE[torch.bfloat16]
+    assert relative_error(loss, exact) < loss_limit
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert relative_error(grad, exact_grad) < grad_limit
+
+
+def test_op_takes_wide_features_that_require_grad(emulated_ops):
+    """A library gets them as they are; its products with an `out` would refuse."""
+    x, y = (torch.nn.functional.normalize(z.detach()).bfloat16().requires_grad_() for z in views(9, 264))
+    arguments = [[10.0, 10.0, -5.0, 1.0, 1.0, 0.0], 0, 0, False, False, [True, True, False]]
+    for op in (emulated_ops.portable, emulated_ops.hopper):
+        dx = op(x, y, None, None, None, *arguments)[2]
+        assert dx.shape == x.shape and dx.isfinite().all()

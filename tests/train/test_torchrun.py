@@ -65,14 +65,14 @@ def in_float64():
 def train_on_a_rank(arguments, signalled_rank=None, precise=True):
     """What the run of this process says, and how it ended; a signal may arrive within step 2."""
     processes, spoken = processes_of_the_pool(), io.StringIO()
-    loss_of = trainer.Trainer.loss_of
+    backward = trainer.Trainer.backward
 
     def signalled(self, images, step):
         if step == 1 and processes.rank == signalled_rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss_of(self, images, step)
+        return backward(self, images, step)
 
-    trainer.Trainer.loss_of = signalled
+    trainer.Trainer.backward = signalled
     scoring.evaluate_features = lambda features, budgets: FIXED_ROW  # probes take long, and are tested elsewhere
     scoring.save_plots = lambda *arguments: None
     try:
@@ -82,7 +82,7 @@ def train_on_a_rank(arguments, signalled_rank=None, precise=True):
     except (UserError, Interrupted) as error:
         return spoken.getvalue(), error.args
     finally:
-        trainer.Trainer.loss_of = loss_of
+        trainer.Trainer.backward = backward
 
 
 FIXED_ROW = {"linear_2": 1.0, "linear_2_std": 0.1, "linear_10": 2.0, "linear_10_std": 0.2}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// The chunked path's logits for compute capability 9.0, features of 16 bits: products, loss and G of a chunk of rows in
+// one kernel, which writes G alone, in 16 bits, eq. (7)-(8). What G means is said in chunked.cuh.
+//
+// Blocks stay for all of the chunk. Each takes every gridDim.x-th tile of 128 x 256 logits, columns slowest, so that
+// the chunk's rows stay in the L2 cache and the columns pass through it once. A producer copies rows and columns, 64
+// features at a time, into stages that mbarriers guard, and two consumers of four warps, with 64 rows each, add up
+// their products in registers. It goes on copying while they are at the terms. The second consumer begins kStages
+// blocks of features after the first and stays behind: so one has the tensor cores while the other is at its terms.
+#pragma once
+
+#include "chunked.cuh"
+#include "sweep_hopper.cuh"
+
+namespace mio_ext {
+
+struct ChunkLogits {
+  Prepared rows, cols;  // gathered
+  Pairs pairs;
+  LossParams constants;
+  const float* params;
+  bool normalize;
+  int blocks;         // of features
+  int row0, n;        // the chunk
+  void* g;            // [n up to a multiple of 128, cols.n_pad] in the features' type, or nullptr
+  bool first;         // of the chunks: the records are written, not added to
+  PairSums* records;  // [gridDim.x]
+
+  MIO_DEVICE int row_tiles() const { return ceil_div(n, WideTile::kBlockM); }
+  MIO_DEVICE int tiles() const { return row_tiles() * (cols.n_pad / WideTile::kBlockN); }
+  MIO_DEVICE int first_row(int tile) const { return row0 + tile % row_tiles() * WideTile::kBlockM; }
+  MIO_DEVICE int first_column(int tile) const { return tile / row_tiles() * WideTile::kBlockN; }
+};
+
+// A tile's factors come with its first block of features. The slot is free then: the stage of that block was free, and
+// had a block of the tile before, of which there are at least kStages. Who has read that is done with the tile before.
+MIO_DEVICE void produce_chunk(const ChunkLogits& in, uint32_t smem) {
+  using T = WideTile;
+  const int row_bytes = in.blocks * kBlockRowBytes;
+  PipelineState<T> state{smem};
+  uint32_t factors = smem + T::kFactorsAt, other_factors = factors + T::kFactorBytes;
+  for (int tile = blockIdx.x; tile < in.tiles(); tile += gridDim.x) {
+    const int col0 = in.first_column(tile);
+    const auto* rows = static_cast<const unsigned char*>(in.rows.z) + int64_t(in.first_row(tile)) * row_bytes;
+    const auto* columns = static_cast<const unsigned char*>(in.cols.z) + int64_t(col0) * row_bytes;
+    for (int block = 0; block < in.blocks; ++block, state.next()) {
+      mbarrier_wait(state.empty(), state.parity ^ 1);
+      mbarrier_arrive_expecting(state.full(), T::kStageBytes + (block == 0 ? T::kFactorBytes : 0));
+      bulk_copy(state.columns() - T::kColumnsAt, rows + int64_t(block) * T::kGroupBytes, T::kGroupBytes, state.full());
+      for (int group = 0; group < T::kBlockN / kRowMultiple; ++group)
+        bulk_copy(state.columns() + group * T::kGroupBytes,
+                  columns + int64_t(group) * kRowMultiple * row_bytes + int64_t(block) * T::kGroupBytes, T::kGroupBytes,
+                  state.full());
+      if (block == 0) bulk_copy(factors, in.cols.inverse + col0, T::kFactorBytes, state.full());
+    }
+    const uint32_t used = factors;
+    factors = other_factors, other_factors = used;
+  }
+}
+
+constexpr int kHeadStart = 1;  // the named barrier at which the second consumer waits for its first tile
+
+// s = x y^T (2), but for the norms, of a consumer's rows and a tile of columns; a block's stage is free once the next
+// one's products are under way and its own are done.
+template <class A>
+MIO_DEVICE void wide_logits(float (&s)[WideTile::kBlockN / 8][4], PipelineState<WideTile>& state, int blocks,
+                            int consumer, bool first) {
+  using T = WideTile;
+  PipelineState<T> last = state;
+  auto release = [&] {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(last.empty());
+  };
+  for (int block = 0; block < blocks; ++block, state.next()) {
+    mbarrier_wait(state.full(), state.parity);
+    const Descriptor rows(state.columns() - T::kColumnsAt + consumer * T::kConsumerRows * kBlockRowBytes),
+        columns(state.columns());
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kBlockFeatures / 16; ++step)
+      wgmma(typename A::Element{}, s, rows + step * 32, columns + step * 32, block + step > 0);
+    wgmma_commit();
+    if (block > 0) {
+      wgmma_wait<1>();
+      release();
+    }
+    if (first && consumer == 0 && block == T::kStages - 1) barrier_arrive(kHeadStart, T::kThreads);
+    last = state;
+  }
+  wgmma_wait<0>();
+  hold_all(s);
+  release();
+}
+
+// G of N x 8 columns from `to` on, which is this thread's first row and column; s has sigma times the column's norm.
+template <class A, int N>
+MIO_DEVICE void store_g(typename A::Element* to, int64_t next_row, const float (&s)[N][4], const float (&inverse)[2]) {
+  const typename A::Element type{};
+#pragma unroll
+  for (int n = 0; n < N; n += 4)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[i] = pack(type, s[n + i][2 * h] * inverse[h], s[n + i][2 * h + 1] * inverse[h]);
+      *reinterpret_cast<uint4*>(to + h * next_row + Gathered::column(n)) = {w[0], w[1], w[2], w[3]};
+    }
+}
+
+// Loss, statistics and G of a consumer's logits. Terms take half of the columns at a time: they multiply 64 factors
+// 1 + e at most.
+template <class A, bool kIds>
+MIO_DEVICE void wide_terms(const ChunkLogits& in, const Coefficients& coefficients,
+                           float (&s)[1][WideTile::kBlockN / 8][4], uint32_t factors, int tile, int consumer,
+                           double (&sums)[kSums]) {
+  using T = WideTile;
+  constexpr int kHalf = T::kBlockN / 2, N = kHalf / 8;
+  const int lane = threadIdx.x % 32, tile_row0 = in.first_row(tile), tile_col0 = in.first_column(tile);
+  const int row0 = tile_row0 + gathered(threadIdx.x / 32 * 16 + lane / 4);  // this thread's first
+  TileTerms<A, 1, kIds, Gathered> terms(in.rows, in.cols, row0, coefficients, in.normalize);
+  const float inverse[2] = {in.rows.inverse[row0], in.rows.inverse[row0 + Gathered::kNextRow]};
+  auto* to = static_cast<typename A::Element*>(in.g) + int64_t(row0 - in.row0) * in.cols.n_pad + tile_col0 +
+             lane % 4 * Gathered::kLaneColumns;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    auto& of = reinterpret_cast<float (&)[1][N][4]>(s[0][half * N]);
+    const int col0 = tile_col0 + half * kHalf;
+    const bool crossed = col0 + kHalf > in.cols.n ||
+                         in.pairs.cross(tile_row0 + consumer * T::kConsumerRows, T::kConsumerRows, col0, kHalf);
+    terms.tile(of, factors + half * kHalf * 4, in.pairs, row0, col0, crossed, true);
+    if (in.g) store_g<A, N>(to + half * kHalf, int64_t(Gathered::kNextRow) * in.cols.n_pad, of[0], inverse);
+  }
+  double more[kSums];
+  terms.total(more);
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[i] += more[i];
+}
+
+// Grid: [as many as there are multiprocessors].
+template <class A, bool kIds>
+__global__ void __launch_bounds__(WideTile::kThreads + WideTile::kProducerThreads, 1)
+    chunk_hopper_kernel(const ChunkLogits in) {
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  trap();  // such code is never chosen: hopper_is_built() is false
+#else
+  using T = WideTile;
+  const uint32_t smem = shared_address(shared_memory());
+  if (threadIdx.x == 0) {
+    if (smem % 1024 != 0 || in.blocks < T::kStages) trap();
+    PipelineState<T> state{smem};
+    for (int i = 0; i < T::kStages; ++i, state.next())
+      mbarrier_init(state.full(), 1), mbarrier_init(state.empty(), T::kWarps);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x >= T::kThreads) {
+    fewer_registers<T::kProducerRegisters>();
+    if (threadIdx.x == T::kThreads) produce_chunk(in, smem);
+    return;
+  }
+  more_registers<T::kConsumerRegisters>();
+
+  const int consumer = threadIdx.x / 128, first = blockIdx.x;
+  const Coefficients coefficients(read_params(in.constants, in.params));
+  double sums[kSums] = {};
+  PipelineState<T> state{smem};
+  uint32_t factors = smem + T::kFactorsAt, other_factors = factors + T::kFactorBytes;
+  if (consumer == 1 && first < in.tiles()) barrier_wait(kHeadStart, T::kThreads);
+  for (int tile = first; tile < in.tiles(); tile += gridDim.x) {
+    float s[1][T::kBlockN / 8][4];
+    wide_logits<A>(s[0], state, in.blocks, consumer, tile == first);
+    wide_terms<A, kIds>(in, coefficients, s, factors, tile, consumer, sums);
+    const uint32_t used = factors;
+    factors = other_factors, other_factors = used;
+  }
+  __syncthreads();  // of the consumers: the producer has left. Shared memory changes its use
+  write_record<T::kWarps>(sums, in.records + blockIdx.x, !in.first);
+#endif
+}
+
+}  // namespace mio_ext
