@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.NOTPARALLEL:
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help pretrain test fuzz sanitize build lint format hook cpp package bench bench-check gpu-check clean
+.PHONY: help pretrain test fuzz kill sanitize build lint format hook cpp package bench bench-check gpu-check clean
 
 help:
 	@echo "make pretrain   set up, build, and pre-train on the default data (ARGS='--epochs 5' adds options)"
-	@echo "make test       set up, build, and run the test suite"
+	@echo "make test       set up for development, build, and run the test suite"
 	@echo "make fuzz       new problems for the losses, on every backend (SECONDS=600)"
+	@echo "make kill       kill a small training 50 times, fill its disk, and see that nothing is lost; 2 minutes"
 	@echo "make sanitize   the C++ test of the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make build      the set-up alone: $(VENV) and the extension in place"
 	@echo "make lint       ruff, clang-format and mypy        make format   let them mend what they can"
@@ -20,32 +24,46 @@ help:
 	@echo "make bench      the data behind the figures, about 20 minutes, then README.md and docs/performance.md from it"
 	@echo "make bench-check  are we still as far ahead of others as the committed data say? informs only"
 
-# A changed pyproject.toml installs again.
-$(VENV)/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mio_ext needs Python 3.11 or later; try: make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { echo "no venv module; on Debian: apt-get install python3-venv python3-dev g++ make"; exit 1; }
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --group dev
+# Pre-training needs less than tests and linters: the dependency groups pretrain and dev, each installed once and again
+# when pyproject.toml has changed.
+$(VENV)/installed-%: pyproject.toml | $(BIN)/pip
+	@mkdir -p build
+	@echo "installing the packages of the group $* into $(VENV) (torch with its CUDA libraries is 3 GB)"
+	@$(BIN)/python -m pip install --upgrade 'pip>=25.1' > build/install.txt 2>&1 \
+		&& $(BIN)/python -m pip install --no-compile --group $* 2>&1 | tee -a build/install.txt \
+		| sed -unE "s/^Collecting ([^ ]+)$$/  \1/p; s/^Installing collected.*/  unpacking/p" \
+		|| { cat build/install.txt; exit 1; }
 	@touch $@
 
-build: $(VENV)/installed
-	@mkdir -p build
-	@test -n "$(wildcard mio_ext/_C*.so)" || echo "building the extension: a minute, or some with a CUDA toolkit (FORCE_CUDA=0 leaves its kernels out)"
-	@$(BIN)/python setup.py --quiet build_ext > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
+$(BIN)/pip:  # a venv that failed half way has a python, but no pip
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mio_ext needs Python 3.11 or later; try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module; on Debian: apt-get install python3-venv python3-dev g++ make"; exit 1; }
 
+# setup.py knows what has changed; of what it says, a line for each compiled file is shown.
+build: $(VENV)/installed-pretrain
+	@mkdir -p build
+	@$(BIN)/python -u setup.py build_ext 2>&1 | tee build/log.txt \
+		| sed -unE "s/^mio_ext: //p; s/^building '(.*)' extension/building \1 (the first time a minute, some with CUDA kernels)/p; s/^(\[[0-9/]+\]).* -c [^ ]*(csrc\/[^ ]+) .*/  \1 \2/p" \
+		|| { cat build/log.txt; exit 1; }
+
+# What this machine can run: CUDA kernels where a GPU is visible.
+pretrain: export FORCE_CUDA ?= gpu
 pretrain: build
 	$(BIN)/python train/pretrain.py $(ARGS)
 
-test: build
+test: $(VENV)/installed-dev build
 	$(BIN)/python -m pytest $(ARGS)
 
 # New problems on every backend until the time is up or one fails.
 SECONDS ?= 600
-fuzz: build
+fuzz: $(VENV)/installed-dev build
 	@end=$$(( $$(date +%s) + $(SECONDS) )); while [ $$(date +%s) -lt $$end ]; do \
 		MIO_FUZZ=1 $(BIN)/python -m pytest -q -x tests/package/test_fuzz_op.py tests/package/test_fuzz_losses.py || exit 1; done
 
-lint: $(VENV)/installed
+kill: build
+	$(BIN)/python tests/train/kill.py $(ARGS)
+
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
@@ -56,12 +74,12 @@ hook:
 	printf '#!/bin/sh\nexec make lint\n' > "$$(git rev-parse --git-path hooks)/pre-commit"
 	chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
 
-format: $(VENV)/installed
+format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-cpp: $(VENV)/installed
+cpp: $(VENV)/installed-dev
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > build/cmake.log || { cat build/cmake.log; exit 1; }
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
@@ -83,6 +101,7 @@ package: build
 	FORCE_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target build/package/installed build/package/*.tar.gz
 	tar -tf build/package/*.tar.gz | grep -q csrc/cuda/instantiate/hopper.cu
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -m mio_ext
+	cd build/package && PYTHONPATH=installed installed/bin/mio-pretrain --dry-run
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -c 'import mio_ext; assert "cpu" in mio_ext.available_backends()'
 
 # The peers of the extra [bench] are installed on the way; mio_ext itself stays the one in place.

@@ -3,11 +3,18 @@
 // `python -m mio_ext` reports about the build.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/version.h>
 
 #include "cpu/pairwise_bce_cpu.h"
 
+#if defined(__clang__)
+constexpr const char* kCompiler = __VERSION__ ", torch " TORCH_VERSION;  // Clang's names itself
+#else
+constexpr const char* kCompiler = "GCC " __VERSION__ ", torch " TORCH_VERSION;
+#endif
+
 PYBIND11_MODULE(_C, m) {
-  m.attr("compiler") = __VERSION__;
+  m.attr("compiler") = kCompiler;
 #if defined(MIO_WITH_CUDA)
   m.attr("cuda") = MIO_WITH_CUDA;  // the architectures that were compiled for
 #else

@@ -11,11 +11,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # mio_ext as it stands here, installed or not
 
-import mio_ext  # noqa: E402
+import mio_ext.encoder  # noqa: E402
 
 PAGE = Path(__file__).with_name("api.md")
 #: Modules that are public as such; __all__ says what they offer.
-MODULES = (mio_ext, mio_ext.distributed, mio_ext.reference, mio_ext.analysis)
+MODULES = (mio_ext, mio_ext.distributed, mio_ext.reference, mio_ext.analysis, mio_ext.encoder)
 HEAD = """# Every public name
 
 Made from the docstrings by `python docs/api.py`; do not edit. Equation numbers are those of

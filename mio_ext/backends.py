@@ -22,7 +22,7 @@ extension: Any = None
 try:
     extension = importlib.import_module("mio_ext._C")  # registers the op's schema and C++ kernels
 except ImportError as error:
-    _build_error = str(error)
+    _import_error = error
 
 #: Triton is imported only when asked for, and looked for only here: torch.compile of 2.11 cannot trace find_spec.
 _has_triton = importlib.util.find_spec("triton") is not None
@@ -61,7 +61,12 @@ class Choice(NamedTuple):
 def unavailable_reason(backend: str) -> str | None:
     """Why ``backend`` cannot run here, in one sentence; None if it can."""
     if backend != "reference" and extension is None:
-        return f"the extension is not built ({_build_error}); run: python setup.py build_ext"
+        if isinstance(_import_error, ModuleNotFoundError):
+            return f"the extension is not built ({_import_error}); run: python setup.py build_ext"
+        return (
+            f"the extension was built with another torch or Python and does not load ({_import_error}); "
+            "run: python setup.py build_ext --force"
+        )
     if backend == "triton":
         if not _has_triton:
             return "Triton is not installed"

@@ -2,7 +2,7 @@
 # ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
 """Draw what docs/theory.md derives, for a run: a page of figures and the numbers behind them.
 
-    python train/analyze.py RUN
+    .venv/bin/python train/analyze.py RUN
 
 Writes analysis.md (the page), its figures analysis-*.png and analysis.json into the run folder. The norms of
 attraction and repulsion come from the run's log, everything else from its last checkpoint.
@@ -20,6 +20,10 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+
+from train.packages import require_packages
+
+require_packages("analyze.py")
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +148,7 @@ def load_loss(config: Config, setup: Setup, run: Path) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="analyze.py", description="Draw the closed forms of docs/theory.md for a run.")
     parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--data", help="where a folder of images is now, as folder:PATH; default: as in the run")
     parser.add_argument("--data-root", help="where the data set is; default: as in the run")
     parser.add_argument("--images", type=int, default=256, help="batch whose displacement is measured, at most (256)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -155,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise UserError(f"{error} (pip install matplotlib)") from error
     config = load_config(args.run)
-    setup = load_run(args.run, args.device, args.data_root)
+    setup = load_run(args.run, args.device, args.data, args.data_root)
     loss = load_loss(config, setup, args.run)
     batch, model = Batch(config, setup, loss, min(args.images, config.batch_size)), setup.model
     series = history(args.run, at_step_0(batch, untrained_like(config, setup)))

@@ -34,7 +34,8 @@ class Setup(NamedTuple):
     processes: Processes  #: that share every batch
 
 
-def assemble(config: Config, processes: Processes = ALONE) -> Setup:
+def assemble(config: Config, processes: Processes = ALONE, keep: bool = True) -> Setup:
+    """``keep``: whether images that were decoded stay in a cache."""
     if config.batch_size % processes.count:
         raise UserError(
             f"--batch-size {config.batch_size} is that of all processes together: it must be a multiple of their "
@@ -46,7 +47,11 @@ def assemble(config: Config, processes: Processes = ALONE) -> Setup:
     check_loss_backend(config.loss_backend, device)
     with processes.one_before_the_others():
         data = load_data(
-            config.data, root=Path(config.data_root), download=config.download, image_size=config.image_size
+            config.data,
+            root=Path(config.data_root),
+            download=config.download,
+            image_size=config.image_size,
+            keep=keep,
         )
     if config.knn_every and data.train is None:
         raise UserError(f"--knn-every {config.knn_every}: {config.data} has no labels; pass --knn-every 0")
@@ -54,7 +59,7 @@ def assemble(config: Config, processes: Processes = ALONE) -> Setup:
     if config.batch_size > len(data.pretrain):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.pretrain)} training images")
     mean, std = data.mean_std()
-    size = config.image_size or data.size
+    size = config.image_size or data.image_size or data.size
     stem = resolve_stem(config.stem, size)
     torch.manual_seed(config.seed)
     model = build_model(config.backbone, data.channels, stem, config.projector, config.stem_padding).to(device)
@@ -82,13 +87,28 @@ def assemble(config: Config, processes: Processes = ALONE) -> Setup:
     )
 
 
-def load_run(run: Path, device: str, data_root: str | None) -> Setup:
+def check_content(checkpoint: dict[str, Any], data: ImageData, where: str) -> None:
+    """A run goes on with, and is scored on, the images and labels it began with, wherever they are now."""
+    now, then = data.content, checkpoint.get("content")
+    if then is None:  # an older run knows but the number of its images
+        now, then = str(len(data.pretrain)), str(checkpoint["images"])
+    if now != then:
+        raise UserError(
+            f"{where} holds other images or labels than the run was started with; if those are elsewhere, pass --data"
+        )
+
+
+def load_run(run: Path, device: str, data: str | None, data_root: str | None) -> Setup:
     """The run's data and its model with the weights of the last checkpoint."""
     config = replace(load_config(run), device=device, loss_backend="reference", subset=1.0, batch_size=2)
+    if data is not None:
+        config = replace(config, data=data)
     if data_root is not None:
         config = replace(config, data_root=data_root)
-    setup = assemble(config)
     checkpoint = load_checkpoint(run / CHECKPOINT)
+    setup = assemble(config)
+    if "content" in checkpoint:  # the number that older runs have is that of a subset
+        check_content(checkpoint, setup.data, config.data)
     for name, module in (*setup.model.named_children(), ("objective", setup.objective)):
         module.load_state_dict(checkpoint[name], strict=True)
     # The statistics of the images that pre-training saw, which a subset or a changed folder would shift.

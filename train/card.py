@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.export import read_metadata
+from mio_ext.encoder import read_metadata
 from train.probes import NEIGHBOURS
 from train.run_folder import (
     CARD,
@@ -69,7 +69,7 @@ def use(about: dict[str, Any]) -> str:
     text = f"""## Use
 
 ```python
-from train.export import load_encoder  # from a clone of mio_ext
+from mio_ext.encoder import load_encoder
 
 encoder = load_encoder("{ENCODER}")
 features = encoder.features(images)  # [B, {channels}, {size}, {size}], uint8 or float in [0, 1]

@@ -22,6 +22,7 @@ from train.augment import ViewRanges
 from train.data import Split
 from train.features import eval_mode
 from train.probes import stratified_split
+from train.progress import counting
 
 
 @dataclass(frozen=True)
@@ -163,17 +164,19 @@ def train_epoch(
     batch = min(settings.batch_size, len(order))
     batches = order[: len(order) // batch * batch].to(split.images.device).split(batch)
     losses = []
-    for step, index in enumerate(batches, start=(epoch - 1) * len(batches)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, step / (settings.epochs * len(batches)), settings)
-        now = subset(split, index)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            logits = model(view(now.images.to(device)))
-        loss = F.cross_entropy(logits.float(), now.labels.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
+    with counting(f"epoch {epoch}/{settings.epochs}", len(batches) * batch, "images") as advance:
+        for step, index in enumerate(batches, start=(epoch - 1) * len(batches)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(epoch, step / (settings.epochs * len(batches)), settings)
+            now = subset(split, index)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+                logits = model(view(now.images.to(device)))
+            loss = F.cross_entropy(logits.float(), now.labels.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            advance(batch)
     return float(torch.stack(losses).mean())
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -153,6 +154,10 @@ class Config:
         for name in ("data_root", "output", "resume"):
             if (path := getattr(self, name)) is not None:  # --output=~/runs reaches us as it is
                 object.__setattr__(self, name, os.path.expanduser(path))
+        # A run may go on, or be scored, from another working directory.
+        object.__setattr__(self, "data_root", os.path.abspath(self.data_root))
+        if self.data_family == "folder" and (path := self.data.partition(":")[2]):
+            object.__setattr__(self, "data", f"folder:{os.path.abspath(os.path.expanduser(path))}")
         for f in fields(self):
             check_range(f.name, getattr(self, f.name), f.metadata)
         if self.crop_area[0] > self.crop_area[1]:
@@ -278,8 +283,10 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = OneLineParser(prog=prog, description=description)
+def make_parser(prog: str, description: str, defaults: Config) -> argparse.ArgumentParser:
+    """``defaults`` are what ``--help`` shows."""
+    parser = OneLineParser(prog=prog, description=description, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this, with the defaults that apply, and stop")
     parser.add_argument("--preset", help=f"a set of options: {', '.join(preset_names())}")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of options (and preset)")
     parser.add_argument("--print-config", action="store_true", help="print all options as TOML, and stop")
@@ -296,9 +303,18 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
                 settings["nargs"] = count or "+"
             if f.metadata["choices"]:
                 settings |= {"choices": f.metadata["choices"], "metavar": None}
-        default = "none" if f.default is None else f.default
-        groups[f.metadata["group"]].add_argument(flag(f.name), help=f"{f.metadata['help']} ({default})", **settings)
+        groups[f.metadata["group"]].add_argument(
+            flag(f.name), help=f"{f.metadata['help']} ({shown(getattr(defaults, f.name))})", **settings
+        )
     return parser
+
+
+def shown(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, tuple):
+        return " ".join(map(shown, value))
+    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text.replace("%", "%%")  # argparse formats the text
 
 
 def combine(given: dict[str, Any], preset: str | None, file: Path | None, base: Config | None = None) -> Config:
@@ -320,11 +336,18 @@ def combine(given: dict[str, Any], preset: str | None, file: Path | None, base: 
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str, description: str) -> tuple[Config, argparse.Namespace]:
-    """(the run's options, the parsed command line with preset, config, print_config and dry_run)."""
-    args = make_parser(prog, description).parse_args(argv)
+    """(the run's options, the parsed command line with preset, config, print_config and dry_run).
+
+    ``--help`` ends the program; it shows what the rest of the command line leaves as it is.
+    """
+    args = make_parser(prog, description, Config()).parse_args(argv)
     given: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items() if name in TYPES
     }
+    if args.help:
+        base = load_config(Path(given["resume"])) if given.get("resume") not in (None, "auto") else None
+        make_parser(prog, description, combine(given, args.preset, args.config, base)).print_help()
+        sys.exit(0)
     if given.get("resume") in (None, "auto"):
         config = combine(given, args.preset, args.config)
         if (folder := config.run_to_resume()) is not None:
@@ -352,9 +375,12 @@ def load_config(run: Path) -> Config:
 
 
 def check_same(saved: Config, config: Config, run: Path) -> None:
-    """A resumed run must compute what it would have computed: only options of the group "run" may differ, and
-    --epochs where --schedule-epochs says when the learning rate ends."""
+    """A resumed run must compute what it would have computed: only options of the group "run" may differ, the
+    path of a folder, whose content is compared, and --epochs where --schedule-epochs says when the learning rate
+    ends."""
     free = RUN_OPTIONS
+    if saved.data_family == config.data_family == "folder":
+        free |= {"data"}
     if saved.schedule_epochs is not None and config.epochs <= saved.schedule_epochs:
         free |= {"epochs"}  # the learning rate does not depend on it: the run may become longer
     names = [n for n in TYPES if n not in free and getattr(saved, n) != getattr(config, n)]

@@ -7,6 +7,7 @@ that fit nowhere stay a memory map of a file, from which ``prefetch`` streams ba
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,8 @@ class ImageData:
     train: Split | None  #: for the probes; its images are a view of the first ones of ``pretrain`` or apart
     test: Split | None  #: held out, scored once; both splits are None where the data has no labels
     classes: tuple[str, ...] = ()  #: names by label
+    image_size: int | None = None  #: pixels per side for the network, where that is not the stored size
+    content: str = ""  #: a key: equal for equal images, labels and splits, wherever they are
 
     @property
     def channels(self) -> int:
@@ -120,27 +123,45 @@ def fits(size: int, device: torch.device) -> bool:
 
 
 def load_data(
-    name: str, *, root: Path = Path("data"), download: bool = False, image_size: int | None = None
+    name: str,
+    *,
+    root: Path = Path("data"),
+    download: bool = False,
+    image_size: int | None = None,
+    keep: bool = True,
 ) -> ImageData:
     """The data set ``name``: digits, cifar10, cifar100, stl10 or folder:PATH.
 
     ``root`` holds the official files of torchvision's data sets and the cache of decoded folders;
     ``download`` fetches missing official files. ``image_size`` is the size at which images of a folder are
-    stored (None: see ``load_folder``); the other data sets keep theirs (8, 32 or 96 pixels).
+    stored (None: see ``load_folder``); the other data sets keep theirs (8, 32 or 96 pixels). ``keep``:
+    whether a folder that is decoded is cached.
 
     Raises UserError for an unknown name and for data that is missing, damaged or cannot be stored.
     """
     root = Path(root)
     kind, colon, path = name.partition(":")
     if kind == "folder" and path:
-        return load_image_folder(Path(path).expanduser(), root, image_size)
+        return load_image_folder(Path(path).expanduser(), root if keep else None, image_size)
     if not colon and kind == "digits":
-        return load_digits()
+        return with_content(load_digits())
     if not colon and kind in ("cifar10", "cifar100"):
-        return load_cifar(kind, root, download)
+        return with_content(load_cifar(kind, root, download))
     if not colon and kind == "stl10":
-        return load_stl10(root, download)
+        return with_content(load_stl10(root, download))
     raise UserError(f"--data must be {CHOICES}, got {name!r}")
+
+
+def with_content(data: ImageData) -> ImageData:
+    """The data with the key of their content; a folder's is made while it is decoded."""
+    key = hashlib.sha256()
+    parts = [data.pretrain]
+    for split in (data.train, data.test):
+        parts += [] if split is None else [split.images, split.labels]
+    for part in parts:
+        key.update(repr(tuple(part.shape)).encode())
+        key.update(part.contiguous().numpy().data)
+    return replace(data, content=key.hexdigest())
 
 
 def load_digits() -> ImageData:
@@ -214,15 +235,15 @@ def damaged_file(dataset_class: Any, folder: Path) -> Path:
     return folder
 
 
-def load_image_folder(path: Path, root: Path, image_size: int | None) -> ImageData:
+def load_image_folder(path: Path, root: Path | None, image_size: int | None) -> ImageData:
     """Images of a folder (see ``load_folder``); pre-training sees everything but the test images."""
-    folder = load_folder(path, root / "cache", image_size)
+    folder = load_folder(path, None if root is None else root / "cache", image_size)
     pretrain, test_images = folder.images[: folder.train_images], folder.images[folder.train_images :]
     train = test = None
     if folder.labels is not None:
         train = Split(pretrain, folder.labels[: folder.train_images])
         test = Split(test_images, folder.labels[folder.train_images :])
-    return ImageData(folder.name, pretrain, train, test, folder.classes)
+    return ImageData(folder.name, pretrain, train, test, folder.classes, folder.image_size, folder.content)
 
 
 def prefetch(images: Tensor, indices: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:

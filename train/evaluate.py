@@ -2,11 +2,9 @@
 # ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
 """Score the encoder of a run on the labels of its data set.
 
-    python train/evaluate.py RUN --protocol knn|linear|finetune|v1
+    .venv/bin/python train/evaluate.py RUN [RUN ...] --protocol knn|linear|finetune|v1
 
-The encoder is that of the run's last checkpoint. ``knn`` and ``linear`` look at frozen features, batch norm
-in eval mode; ``finetune`` trains encoder and head together; ``v1`` is the linear evaluation of the paper's
-public code. The test split is scored once.
+The encoder is that of the run's last checkpoint; --help says what the protocols do.
 """
 
 from __future__ import annotations
@@ -22,6 +20,10 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from train.packages import require_packages
+
+require_packages("evaluate.py")
+
 from train import classifier, probes
 from train.assemble import Setup, load_run
 from train.augment import Preprocess
@@ -31,11 +33,27 @@ from train.errors import UserError
 from train.features import Features, labelled_features
 from train.run_folder import CARD, ENCODER, LOG, write_atomically
 
+PROTOCOLS = """protocols:
+  knn       the 20 nearest training images by cosine vote; nothing is trained; seconds
+  linear    frozen features: linear classifiers on few and on all labels, settings chosen on held-out training
+            images, and knn
+  finetune  encoder and a linear head trained together, 50 epochs; --labels 0.1 for a tenth of the labels
+  v1        the linear evaluation of the paper's public code: frozen encoder, augmented images, 100 epochs, the
+            epoch chosen on a fifth of the training images
+The test images are scored once. Each run folder gets evaluation-<protocol>.json, and its card a line.
+"""
+
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="evaluate.py", description="Score the encoder of a run on held-out images.")
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--protocol", choices=("knn", "linear", "finetune", "v1"), default="linear")
+    parser = OneLineParser(
+        prog="evaluate.py",
+        description="Score the encoders of runs on held-out images.",
+        epilog=PROTOCOLS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; of several, one table")
+    parser.add_argument("--protocol", choices=("knn", "linear", "finetune", "v1"), default="linear", help="(linear)")
+    parser.add_argument("--data", help="where a folder of images is now, as folder:PATH; default: as in the run")
     parser.add_argument("--data-root", help="where the data set is; default: as in the run")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--labels", type=float, default=1.0, help="share of the labels that finetune uses (1)")
@@ -87,9 +105,9 @@ def classify(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     return {"accuracy": 100 * result.accuracy, "epochs": result.epochs_run}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    setup = load_run(args.run, args.device, args.data_root)
+def evaluate(run: Path, args: argparse.Namespace) -> dict[str, float]:
+    """A row of the table, which is also left in the run folder."""
+    setup = load_run(run, args.device, args.data, args.data_root)
     if setup.data.train is None:
         raise UserError(f"{setup.data.name} has no labels to evaluate on")
     if args.protocol == "knn":
@@ -98,19 +116,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         features = frozen_features(setup)
         n, classes = len(features.train_labels), len(features.train_labels.unique())
         result = probes.evaluate_features(features, budgets=probes.label_budgets(n, classes))
-        print(probes.format_table({str(args.run): result}, f"accuracy in % on {len(features.test)} test images"))
     else:
         result = classify(setup, args)
-    path = args.run / f"evaluation-{args.protocol}.json"
     content = json.dumps({"protocol": args.protocol, "labels": args.labels, **result}, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(content))
-    if missing := [name for name in (LOG, ENCODER) if not (args.run / name).is_file()]:
-        print(f"{args.run / CARD} is not written anew: {' and '.join(missing)} missing")
-    elif (args.run / CARD).exists():  # the run has ended
-        write_card(args.run)
-    if args.protocol != "linear":
-        print(f"{args.protocol}: {next(iter(result.values())):.2f} % of the test images")
-    print(f"written to {path}")
+    write_atomically(run / f"evaluation-{args.protocol}.json", lambda temporary: temporary.write_text(content))
+    if missing := [name for name in (LOG, ENCODER) if not (run / name).is_file()]:
+        print(f"{run / CARD} is not written anew: {' and '.join(missing)} missing")
+    elif (run / CARD).exists():  # the run has ended
+        write_card(run)
+    return {args.protocol: result["accuracy"]} if "accuracy" in result else result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    rows = {}
+    for run in args.runs:
+        if len(args.runs) > 1:
+            print(f"evaluating {run}", flush=True)
+        rows[str(run)] = evaluate(run, args)
+    print(probes.format_table(rows, "accuracy in % on the test images"))
+    print(f"written to evaluation-{args.protocol}.json in {', '.join(rows)}")
 
 
 def run(argv: Sequence[str] | None = None) -> int:

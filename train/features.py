@@ -120,10 +120,18 @@ def labelled_features(
     return Features(x, train.labels, x_test, test.labels).to(x.device)
 
 
-def pixel_features(train: Split, test: Split, device: torch.device) -> Features:
-    """The pixels themselves, in [0, 1]."""
-    place = roomy_device(train.images.numel() + test.images.numel(), device)
-    x, x_test = (s.images.to(place).flatten(1).float() / 255 for s in (train, test))
+def pixel_features(train: Split, test: Split, size: int, device: torch.device) -> Features:
+    """The pixels themselves, in [0, 1], as the network sees them: ``size`` per side."""
+    channels = train.images.shape[1]
+    place = roomy_device((len(train) + len(test)) * channels * size * size, device)
+
+    def pixels(images: Tensor) -> Tensor:
+        scaled = images.to(place).float() / 255
+        if scaled.shape[-1] > size:
+            scaled = F.interpolate(scaled, size=(size, size), mode="bilinear", antialias=True)
+        return scaled.flatten(1)
+
+    x, x_test = (torch.cat([pixels(chunk) for chunk in s.images.split(512)]) for s in (train, test))
     return Features(x, train.labels, x_test, test.labels).to(place)
 
 

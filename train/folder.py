@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +33,9 @@ from train.errors import UserError
 from train.listing import ImageFile, Listing, list_images
 from train.progress import counting
 
-FORMAT = 2  #: part of the cache key: raise it when decoding or the files of the cache change
+FORMAT = 3  #: part of the cache key: raise it when decoding or the files of the cache change
 LARGEST_OWN_SIZE, DEFAULT_SIZE = 96, 64  #: pixels
+DETAIL = 2  #: images are stored so many times larger than the network sees them: a crop of a quarter loses nothing
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,14 +53,18 @@ class FolderImages:
     """Decoded images, those of the train split first."""
 
     name: str  #: folder-<name of the folder>
-    images: Tensor  #: [n, 3, size, size] uint8, in memory or a read-only memory map
+    images: Tensor  #: [n, 3, stored, stored] uint8, in memory or a read-only memory map
+    image_size: int  #: pixels per side for the network
     train_images: int  #: how many of them are not held out
     labels: Tensor | None  #: [n] int64
     classes: tuple[str, ...]
+    content: str  #: a key: equal for equal files with equal labels and splits, wherever they are
 
 
-def load_folder(path: Path, cache: Path, image_size: int | None) -> FolderImages:
-    """Decode the images below ``path``, or read them from ``cache``, as [n, 3, image_size, image_size].
+def load_folder(path: Path, cache: Path | None, image_size: int | None) -> FolderImages:
+    """Decode the images below ``path``, or read them from ``cache``, as [n, 3, stored, stored].
+
+    Without a cache they are decoded into a file without a name, and nothing is left.
 
     Splits: path/train and path/test (or val, valid, validation; in any case), the first whose images are
     labelled. Otherwise, of labelled images, a fixed tenth of every class is held out as the test split.
@@ -69,6 +75,7 @@ def load_folder(path: Path, cache: Path, image_size: int | None) -> FolderImages
     An image is turned by its EXIF orientation, made RGB (gray stays gray in three channels, 16 bits become
     8, transparent parts become white), cut to its central square and resized (bicubic, antialiased).
     ``image_size`` None: the images' own size if a sample of 100 are squares of one size up to 96 pixels, else 64.
+    They are stored up to twice that large, as far as the largest of the sample has the pixels.
 
     Images that cannot be decoded are left out, each with its label, reported on stderr and listed in a
     file. Raises UserError for a folder without usable images, unreadable files and a disk that is full.
@@ -77,30 +84,49 @@ def load_folder(path: Path, cache: Path, image_size: int | None) -> FolderImages
         listing = list_images(path)
     except OSError as error:
         raise unreadable(error, path) from error
-    size = image_size or own_size(path, listing.files)
+    image_size, size = choose_sizes(path, listing.files, image_size)
     key = hashlib.sha256(json.dumps([FORMAT, size, listing.files]).encode()).hexdigest()[:16]
     name = f"folder-{path.resolve().name}"
-    array_path = cache / f"{name}-{key}.npy"
-    record = read_record(array_path)
-    if record is None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            record = decode_all(path, listing, size, array_path)
-        except OSError as error:
-            raise UserError(f"cannot write {array_path}: {error.strerror or error} (--data-root chooses)") from error
+    if cache is None:
+        with tempfile.TemporaryFile() as file:
+            record = decode_all(path, listing, size, file, Path(tempfile.gettempdir()))
+            file.flush()
+            images = open_array(Path(f"/proc/self/fd/{file.fileno()}"))
+        report_left_out(record["left_out"], path, None)
     else:
-        print(f"decoded images of {path} are reused from {array_path}", flush=True)
-    report_left_out(record["left_out"], path, array_path)
+        array_path = cache / f"{name}-{key}.npy"
+        record = read_or_decode(path, listing, size, array_path)
+        report_left_out(record["left_out"], path, array_path)
+        images = open_array(array_path)
     labels = None if record["labels"] is None else torch.tensor(record["labels"])
-    return FolderImages(name, open_array(array_path), record["train_images"], labels, tuple(record["classes"]))
+    return FolderImages(
+        name, images, image_size, record["train_images"], labels, tuple(record["classes"]), record["content"]
+    )
+
+
+def read_or_decode(path: Path, listing: Listing, size: int, array_path: Path) -> dict[str, Any]:
+    """The record of the cached array, which is made where there is none."""
+    if (record := read_record(array_path)) is not None:
+        print(f"decoded images of {path} are reused from {array_path}", flush=True)
+        return record
+    try:
+        array_path.parent.mkdir(parents=True, exist_ok=True)
+        with placed_atomically(array_path) as file:
+            record = decode_all(path, listing, size, file, array_path.parent)
+        with placed_atomically(array_path.with_suffix(".json")) as file:  # last: a record vouches for its array
+            file.write(json.dumps(record).encode())
+    except OSError as error:
+        raise UserError(f"cannot write {array_path}: {error.strerror or error} (--data-root chooses)") from error
+    return record
 
 
 def unreadable(error: OSError, path: Path) -> UserError:
     return UserError(f"cannot read {error.filename or path}: {error.strerror}")
 
 
-def own_size(path: Path, files: list[ImageFile]) -> int:
-    """The size of small square images that are all alike; 64, with a sentence, for any others."""
+def choose_sizes(path: Path, files: list[ImageFile], image_size: int | None) -> tuple[int, int]:
+    """(pixels per side for the network, as stored): without ``image_size`` the size of small square images that are
+    all alike, and 64, with a sentence, for any others."""
     sizes = set()
     for file in files[:: max(1, len(files) // 100)][:100]:  # evenly spaced, so of all classes
         try:
@@ -109,33 +135,38 @@ def own_size(path: Path, files: list[ImageFile]) -> int:
                     sizes.add(image.size)
         except Exception:  # decoding will report it
             continue
-    if len(sizes) == 1:
-        ((width, height),) = sizes
-        if width == height <= LARGEST_OWN_SIZE:
-            return width
-    print(f"images of {path} are stored at {DEFAULT_SIZE} pixels (--image-size chooses)", flush=True)
-    return DEFAULT_SIZE
+    largest = max((min(size) for size in sizes), default=0)
+    if image_size is None and sizes == {(largest, largest)} and largest <= LARGEST_OWN_SIZE:
+        return largest, largest
+    chosen = image_size or DEFAULT_SIZE
+    stored = max(chosen, min(DETAIL * chosen, largest))
+    if image_size is None:
+        print(f"the network sees images of {path} at {chosen} pixels (--image-size chooses)", flush=True)
+    return chosen, stored
 
 
 # Decoding
 
 
-def decode(path: Path, size: int) -> bytes | str:
-    """[3, size, size] uint8 of one image file, or the reason why it cannot be decoded.
+def decode(path: Path, size: int) -> tuple[bytes, bytes] | str:
+    """([3, size, size] uint8 of one image file, a key of the file), or the reason why it cannot be decoded.
 
     An error of the file system is raised instead: it says nothing about the image, and must not be cached.
     """
     try:
         if not path.is_file():
             return "not a file, or a link to nothing"
-        with Image.open(path) as file:
+        with path.open("rb") as stream:
+            key = hashlib.file_digest(stream, "sha256").digest()
+            stream.seek(0)
+            file = Image.open(stream)
             file.draft(None, (2 * size, 2 * size))  # JPEG: skip the detail that resizing would drop
             image = upright(file)
             side = min(image.size)
             left, top = (image.width - side) / 2, (image.height - side) / 2
             box = (left, top, left + side, top + side)
             square = as_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box)
-            return np.asarray(square).transpose(2, 0, 1).tobytes()
+            return np.asarray(square).transpose(2, 0, 1).tobytes(), key
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many kinds for damaged files
@@ -168,48 +199,45 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_all(path: Path, listing: Listing, size: int, array_path: Path) -> dict[str, Any]:
-    """Write the array and its record into the cache; returns the record.
+def decode_all(path: Path, listing: Listing, size: int, file: BinaryIO, disk: Path) -> dict[str, Any]:
+    """Write the array into ``file``, which is on ``disk``; returns the record of what it holds.
 
     Threads, not processes: Pillow decodes and resizes without the interpreter lock.
     """
-    check_disk(len(listing.files) * 3 * size * size, array_path.parent)
+    check_disk(len(listing.files) * 3 * size * size, disk)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n, kept, left_out = len(listing.files), [], {}
+    n, kept, left_out, content = len(listing.files), [], {}, hashlib.sha256()
     print(f"decoding {n} images of {path} to {size}x{size} pixels with {workers} workers", flush=True)
-    with (
-        placed_atomically(array_path) as file,
-        ThreadPoolExecutor(workers) as pool,
-        counting("decoding", n, "images") as advance,
-    ):
+    with ThreadPoolExecutor(workers) as pool, counting("decoding", n, "images") as advance:
         write_header(file, n, size)
         for start in range(0, n, BLOCK):
             block = range(start, min(start + BLOCK, n))
             results = pool.map(lambda row: decode(path / listing.files[row].path, size), block)
             for row, result in zip(block, results, strict=True):
-                if isinstance(result, bytes):
-                    file.write(result)
-                    kept.append(row)
-                else:
+                if isinstance(result, str):
                     left_out[listing.files[row].path] = result
+                else:
+                    file.write(result[0])
+                    content.update(result[1])
+                    kept.append(row)
             advance(len(block))
-        train_images = sum(row < listing.train_files for row in kept)
-        if not train_images or (listing.labels is not None and train_images == len(kept)):
-            part = "test images" if train_images else "train images" if kept else "images"
-            first, reason = next(iter(left_out.items()))
-            raise UserError(f"--data folder:{path}: none of its {part} can be decoded; {first}: {reason}")
-        file.seek(0)
-        write_header(file, len(kept), size)
-    record = {
+    train_images = sum(row < listing.train_files for row in kept)
+    if not train_images or (listing.labels is not None and train_images == len(kept)):
+        part = "test images" if train_images else "train images" if kept else "images"
+        first, reason = next(iter(left_out.items()))
+        raise UserError(f"--data folder:{path}: none of its {part} can be decoded; {first}: {reason}")
+    file.seek(0)
+    write_header(file, len(kept), size)
+    labels = None if listing.labels is None else [listing.labels[row] for row in kept]
+    content.update(json.dumps([train_images, labels]).encode())
+    return {
+        "content": content.hexdigest(),
         "train_images": train_images,
         "classes": listing.classes,
-        "labels": None if listing.labels is None else [listing.labels[row] for row in kept],
+        "labels": labels,
         "paths": [listing.files[row].path for row in kept],
         "left_out": left_out,
     }
-    with placed_atomically(array_path.with_suffix(".json")) as file:  # last: a record vouches for its array
-        file.write(json.dumps(record).encode())
-    return record
 
 
 def write_header(file: BinaryIO, n: int, size: int) -> None:
@@ -283,16 +311,18 @@ def number_after(word: str, path: Path) -> int:
     return int(found[1])
 
 
-def report_left_out(left_out: dict[str, str], path: Path, array_path: Path) -> None:
-    """One warning with the count and the first paths; all of them, with reasons, in a file."""
+def report_left_out(left_out: dict[str, str], path: Path, array_path: Path | None) -> None:
+    """One warning with the count and the first paths; all of them, with reasons, in a file beside the array."""
     if not left_out:
         return
-    listed = array_path.with_name(array_path.stem + "-left-out.txt")
-    try:
-        with placed_atomically(listed) as file:
-            file.writelines(os.fsencode(f"{name}\t{reason}\n") for name, reason in left_out.items())
-        where = f"all are listed in {listed}"
-    except OSError as error:  # a cache that can be read only
-        where = f"{listed} cannot be written: {error.strerror}"
+    where = ""
+    if array_path is not None:
+        listed = array_path.with_name(array_path.stem + "-left-out.txt")
+        try:
+            with placed_atomically(listed) as file:
+                file.writelines(os.fsencode(f"{name}\t{reason}\n") for name, reason in left_out.items())
+            where = f" (all are listed in {listed})"
+        except OSError as error:  # a cache that can be read only
+            where = f" ({listed} cannot be written: {error.strerror})"
     first = ", ".join(list(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
-    print(f"warning: {len(left_out)} damaged images of {path} are left out: {first} ({where})", file=sys.stderr)
+    print(f"warning: {len(left_out)} damaged images of {path} are left out: {first}{where}", file=sys.stderr)

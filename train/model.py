@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbone (torchvision ResNet, with a stem for small images on request) and projector."""
+"""The network that is trained: backbone (mio_ext/encoder.py) and projector."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torchvision
 from torch import Tensor, nn
+
+from mio_ext.encoder import build_backbone
 
 SMALL_IMAGE = 64  #: pixels up to which stem "auto" keeps the resolution
 
@@ -36,24 +37,6 @@ class PretrainModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         embeddings: Tensor = self.projector(self.backbone(images))
         return embeddings
-
-
-def build_backbone(name: str, channels: int, stem: str, stem_padding: bool = True) -> tuple[nn.Module, int]:
-    """A torchvision ResNet without its classifier ``fc``, and its feature width.
-
-    Keys of the state dict stay torchvision's. ``stem`` "3x3" (stride 1, no max-pool) keeps the resolution
-    that the "7x7" one divides by four.
-    """
-    backbone = torchvision.models.get_model(name, weights=None)
-    features = backbone.fc.in_features
-    if stem == "3x3":
-        backbone.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=int(stem_padding), bias=False)
-        backbone.maxpool = nn.Identity()
-    elif channels != 3:
-        backbone.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
-    backbone.fc = nn.Identity()
-    return backbone, features
 
 
 def resolve_stem(stem: str, image_size: int) -> str:

@@ -24,6 +24,7 @@ try:
 except ImportError:  # a progress bar is a comfort: without tqdm, plain lines
     tqdm = None
 
+GLANCE = 1.0  #: seconds
 METRICS = ("loss", "positive_loss", "negative_loss", "positive_cosine", "negative_cosine")
 
 
@@ -71,13 +72,14 @@ class Stopwatch:
 
 
 class Progress:
-    """A bar with loss, images/s and time left on a terminal, plain lines elsewhere.
+    """A bar with epoch, loss, cosines, images/s and time left on a terminal, plain lines elsewhere.
 
     Progress goes to stderr on a terminal and to stdout as lines, like any other output of the script.
     """
 
-    def __init__(self, total_images: int, done: int = 0) -> None:
+    def __init__(self, total_images: int, done: int, epochs: int) -> None:
         self.total, self.first, self.done, self.start = total_images, done, done, time.perf_counter()
+        self.epochs, self.glanced = epochs, -math.inf
         self.bar = None
         if tqdm is not None and sys.stderr.isatty():
             self.bar = tqdm(total=total_images, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True)
@@ -92,12 +94,21 @@ class Progress:
         """Images per second since the start; an image counts once, though it is seen as two views."""
         return (self.done - self.first) / (time.perf_counter() - self.start)
 
+    def glance(self, epoch: int, loss: Tensor, stats: Any) -> None:
+        """The last step's numbers on the bar, once a second at most: reading them waits for the device."""
+        if self.bar is None or (now := time.perf_counter()) < self.glanced + GLANCE:
+            return
+        self.glanced = now
+        self.bar.set_description(f"epoch {epoch}/{self.epochs}", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {float(loss):.4f}, s+ {float(stats.positive_cosine):+.3f}, s- {float(stats.negative_cosine):+.3f}"
+        )
+
     def report(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         if self.bar is not None:
-            self.bar.set_postfix(epoch=epoch, loss=f"{metrics['loss']:.4f}", refresh=False)
             return
         print(
-            f"epoch {epoch:4d}  step {step:6d}  loss {metrics['loss']:.4f}  "
+            f"epoch {epoch:>{len(str(self.epochs))}}/{self.epochs}  step {step:6d}  loss {metrics['loss']:.4f}  "
             f"s+ {metrics['positive_cosine']:+.3f}  s- {metrics['negative_cosine']:+.3f}  "
             f"spread {metrics['spread']:.2f}  {self.rate:6.0f} images/s  "
             f"{(self.total - self.done) / self.rate:5.0f} s left",

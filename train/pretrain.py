@@ -2,8 +2,8 @@
 # ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
 """Self-supervised pre-training of a ResNet with the fused MIO loss (arXiv 2111.12664).
 
-    python train/pretrain.py
-    python train/pretrain.py --data folder:photos --epochs 100 --output runs/photos
+    .venv/bin/python train/pretrain.py
+    .venv/bin/python train/pretrain.py --data folder:photos --epochs 100 --output runs/photos
     torchrun --nproc-per-node 4 train/pretrain.py --data folder:photos    # the same run, on four GPUs
 
 Without arguments: scikit-learn's handwritten digits, CPU or GPU, a minute or two on two cores, then a
@@ -13,7 +13,6 @@ split is scored once, after the last epoch.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shlex
@@ -27,13 +26,11 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # so that the script runs without an installed mio_ext
 
-REQUIRED = {"torch": "torch", "torchvision": "torchvision", "sklearn": "scikit-learn", "safetensors": "safetensors"}
-if missing := [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]:
-    if os.environ.get("RANK", "0") == "0":  # else torchrun's other processes say it again
-        print(f"pretrain.py: {', '.join(missing)} missing: pip install {' '.join(missing)}", file=sys.stderr)
-    sys.exit(2)
+from train.packages import require_packages
 
-from train.assemble import Setup, assemble
+require_packages("pretrain.py")
+
+from train.assemble import Setup, assemble, check_content
 from train.card import write_card
 from train.config import Config, load_config, parse_arguments
 from train.console import forgiving_streams
@@ -59,8 +56,8 @@ from train.trainer import Trainer, last_step
 
 DESCRIPTION = (
     "Self-supervised pre-training of a ResNet with the fused MIO loss, then a linear probe and k-NN on held-out data. "
-    "Later ones win: the defaults in brackets, what presets/datasets.toml says of the data set, --preset, "
-    "--config, the command line."
+    "Later ones win: the defaults, what presets/datasets.toml says of the data set, --preset, --config, the command "
+    "line. In brackets: what applies to the rest of this command line."
 )
 
 
@@ -68,10 +65,13 @@ def open_run(config: Config, setup: Setup, lock: RunLock) -> tuple[Path, dict[st
     """(the run folder, which is ours now, the checkpoint to go on from)."""
     if (folder := config.run_to_resume()) is not None:
         lock.take(folder)
-        if config.epochs != (saved := load_config(folder)).epochs:  # a run that is lengthened
-            longer = replace(saved, epochs=config.epochs).to_toml()
-            write_atomically(folder / CONFIG, lambda path: path.write_text(longer, encoding="utf-8"))
-        return folder, load_checkpoint(folder / CHECKPOINT)
+        checkpoint = load_checkpoint(folder / CHECKPOINT)
+        check_content(checkpoint, setup.data, config.data)
+        saved = load_config(folder)
+        now = replace(saved, epochs=config.epochs, data=config.data)  # lengthened, moved
+        if now != saved:
+            write_atomically(folder / CONFIG, lambda path: path.write_text(now.to_toml(), encoding="utf-8"))
+        return folder, checkpoint
     overwrite = config.overwrite or config.resume == "auto"
     folder = create_run_folder(config.output, setup.data.name, overwrite, lock)
     write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_toml(), encoding="utf-8"))
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> Non
     if args.print_config:
         print(config.to_toml(), end="")
         return
+    if args.dry_run and config.download:
+        raise UserError("--dry-run writes nothing, so it cannot --download")
     try:
         with RunLock() as lock:
             pretrain(config, processes, args.dry_run, lock)
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> Non
 
 
 def pretrain(config: Config, processes: Processes, try_only: bool, lock: RunLock) -> None:
-    setup = assemble(config, processes)
+    setup = assemble(config, processes, keep=not try_only)
     if config.warmup_epochs >= config.epochs:
         reached = config.learning_rate * config.epochs / config.warmup_epochs
         print(
@@ -140,7 +142,8 @@ def pretrain(config: Config, processes: Processes, try_only: bool, lock: RunLock
         finish(config, setup, folder, log, before, trainer.times, epoch)
     write_card(folder)
     log.close()
-    print(f"trained in {trainer.times['seconds']:.0f} s; encoder, log, checkpoint and results are in {folder}")
+    left = "encoder, log and checkpoint are" if before is None else "results, encoder, log and checkpoint are"
+    print(f"trained in {trainer.times['seconds']:.0f} s; {left} in {folder}")
 
 
 def open_log(folder: Path, checkpoint: dict[str, Any] | None, config: Config, setup: Setup) -> RunLog:

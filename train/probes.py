@@ -288,7 +288,7 @@ def format_table(rows: dict[str, dict[str, float]], title: str, draws: int | Non
     ``draws`` is what :func:`evaluate_features` was given.
     """
     keys = list(dict.fromkeys(key for row in rows.values() for key in row if not key.endswith("_std")))
-    names = {"linear_all": "linear, all", "knn": f"{NEIGHBOURS}-NN"}
+    names = {"linear_all": "linear, all", "knn": f"{NEIGHBOURS}-NN", "finetune": "fine-tuned", "v1": "linear, v1"}
     header = ["", *(names.get(key) or f"linear, {key.removeprefix('linear_')}/class" for key in keys)]
 
     def cell(row: dict[str, float], key: str) -> str:

@@ -69,7 +69,9 @@ def finish(
     labels = after.features.train_labels
     budgets = label_budgets(len(labels), len(labels.unique()))
     rows = {}
-    rows["raw pixels"] = evaluate_features(pixel_features(data.train, data.test, setup.device), budgets=budgets)
+    rows["raw pixels"] = evaluate_features(
+        pixel_features(data.train, data.test, setup.preprocess.size, setup.device), budgets=budgets
+    )
     rows["untrained encoder"] = evaluate_features(before.features.to(labels.device), budgets=budgets)
     rows["pre-trained encoder"] = evaluate_features(after.features, budgets=budgets)
     log.write("results", rows=rows, **times)

@@ -142,13 +142,12 @@ class Trainer:
             "step": self.step,
             "times": self.times,
             "images": len(self.setup.data.pretrain),
+            "content": self.setup.data.content,
             "config": asdict(self.config),
             "architecture": self.setup.architecture,
         }
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["images"] != (n := len(self.setup.data.pretrain)):
-            raise UserError(f"the run was started on {checkpoint['images']} images, and {self.config.data} has {n} now")
         self.setup.model.backbone.load_state_dict(checkpoint["backbone"], strict=True)
         self.setup.model.projector.load_state_dict(checkpoint["projector"], strict=True)
         self.setup.objective.load_state_dict(checkpoint["objective"], strict=True)
@@ -163,7 +162,10 @@ class Trainer:
         warmup = config.warmup_epochs * self.steps_per_epoch / unit
         self.setup.model.train()
         watch = Stopwatch(**self.times)
-        with StopRequest() as stop, Progress(last * config.batch_size, self.step * config.batch_size) as progress:
+        with (
+            StopRequest() as stop,
+            Progress(last * config.batch_size, self.step * config.batch_size, config.epochs) as progress,
+        ):
             for images in self.batches(self.step, last):
                 rate = learning_rate(self.step // unit, schedule, warmup, config.learning_rate)
                 for group in self.optimizer.param_groups:
@@ -174,6 +176,7 @@ class Trainer:
                 self.step += 1
 
                 progress.advance(config.batch_size)
+                progress.glance(math.ceil(self.step / self.steps_per_epoch), loss, stats)
                 stopped = self.processes.maximum(stop.requested)  # all stop after the same step
                 save = self.step % (config.save_every * self.steps_per_epoch) == 0 or self.step == last or stopped
                 if log := self.step % config.log_every == 0 or save:  # in all processes at once

@@ -2,6 +2,7 @@
 """What is only nice to have never ends a run, and what will be missing is said before."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,24 @@ def test_a_broken_matplotlib_costs_the_plots(tmp_path):
     done = start(tmp_path / "run", MPLBACKEND="nonsense")
     assert_ended_well(tmp_path / "run", done)
     assert done.stderr.count("not all plots could be drawn: ") == 1
+
+
+def test_latex_that_is_missing_costs_the_plots(tmp_path):
+    """A matplotlibrc may ask for it; here its programs are not on the path."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    (bare / "bash").symlink_to(str(shutil.which("bash")))
+    done = start(tmp_path / "run", MATPLOTLIBRC=str(tmp_path), PATH=str(bare), MPLCONFIGDIR=str(tmp_path))
+    assert_ended_well(tmp_path / "run", done)
+    assert done.stderr.count("not all plots could be drawn: ") == 1
+
+
+def test_nohup_goes_on_when_the_terminal_is_closed(tmp_path):
+    """Whoever ignores SIGHUP for us wants the run to its end; heard, it would leave a checkpoint and exit code 129."""
+    hang_up = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom train.monitor import Progress\n"
+    hang_up += "Progress.glance = lambda *all: os.kill(os.getpid(), signal.SIGHUP)\n"
+    assert_ended_well(tmp_path / "run", start(tmp_path / "run", before=hang_up, shell="nohup {}"))
 
 
 def test_a_broken_tensorboard_costs_its_file(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -14,7 +15,9 @@ from image_folders import assert_colours_are_labels, damage, load, make_classes,
 from PIL import Image
 
 from train import folder
+from train.data import Split
 from train.errors import UserError
+from train.features import pixel_features
 
 
 def test_orientation_modes_and_crop(tmp_path):
@@ -74,7 +77,7 @@ def test_the_stored_size(tmp_path, capsys):
     assert load(root, image_size=20).size == 20
     save(root / "cat" / "wide.png", size=(12, 30))
     assert load(root).size == 64
-    assert "are stored at 64 pixels (--image-size chooses)" in capsys.readouterr().out
+    assert "at 64 pixels (--image-size chooses)" in capsys.readouterr().out
 
 
 def test_damaged_images_take_their_labels_with_them(tmp_path, capsys):
@@ -123,14 +126,36 @@ def test_folders_without_images_are_refused(tmp_path, monkeypatch):
 
 def test_an_unreadable_file_stops_instead_of_being_cached(tmp_path, monkeypatch):
     root = make_classes(tmp_path / "pets", 2)
-    opened = Image.open
+    opened = Path.open
 
-    def fail(path):
+    def fail(path, *mode, **options):
         if path.name == "01.png":
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path)
+        return opened(path, *mode, **options)
 
-    monkeypatch.setattr(folder.Image, "open", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(UserError, match=r"cannot read .*01.png: Permission denied"):
         load(root)
     assert not list((tmp_path / "root" / "cache").iterdir())
+
+
+def test_images_keep_more_detail_than_the_network_sees(tmp_path, capsys):
+    """A crop of a quarter of a photo still has a pixel for each that the network sees."""
+    checks = Image.fromarray(np.kron(np.indices((10, 10)).sum(0) % 2 * 255, np.ones((16, 16))).astype(np.uint8))
+    (tmp_path / "photos").mkdir()
+    for number in range(2):
+        checks.save(tmp_path / "photos" / f"{number}.png")
+    for asked, seen, stored in ((None, 64, 128), (16, 16, 32), (100, 100, 160), (200, 200, 200)):
+        data = load(tmp_path / "photos", image_size=asked)
+        assert (data.image_size, data.size) == (seen, stored)
+    quarter = load(tmp_path / "photos", image_size=80).pretrain[0, 0, :80, :80]
+    assert torch.equal(quarter, torch.from_numpy(np.asarray(checks)[:80, :80].copy()))
+
+
+def test_raw_pixels_are_those_that_the_network_sees(tmp_path):
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    split = Split(images, torch.arange(6))
+    stored, seen = (pixel_features(split, split, size, torch.device("cpu")).train for size in (32, 16))
+    assert torch.equal(stored, images.flatten(1) / 255)
+    half = torch.nn.functional.interpolate(images / 255, size=(16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(seen, half.flatten(1))

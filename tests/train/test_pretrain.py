@@ -27,11 +27,11 @@ pytest.importorskip("matplotlib")
 
 import mio_ext
 from mio_ext import distributed
+from mio_ext.encoder import build_backbone, load_encoder
 from mio_ext.reference import PairStats
 from train import plots, pretrain
 from train.errors import UserError
-from train.export import load_encoder
-from train.model import build_backbone, build_model
+from train.model import build_model
 from train.monitor import METRICS, Progress, StepMetrics, report, spread
 from train.run_folder import TENSORBOARD
 
@@ -240,12 +240,25 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, fast_probes, capsys
 def test_a_missing_package_is_named(module, package, tmp_path):
     done = run_script(prelude=f"sys.modules[{module!r}] = None", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"pretrain.py: {package} missing: pip install {package}\n"
+    assert done.stderr.startswith(f"pretrain.py: {package} missing: ")
+    assert done.stderr.endswith(f"{sys.executable} -m pip install {package}\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "evaluate.py", "analyze.py", "export.py"])
+def test_a_python_without_the_packages_is_told_of_the_one_with_them(script):
+    if not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("no .venv beside the scripts")
+    command = [sys.executable, "-S", "-I", f"train/{script}"]  # without site-packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{script}: torch, numpy, torchvision, scikit-learn, safetensors missing: this is ")
+    assert done.stderr.endswith(f"; what make has set up is .venv/bin/python train/{script}\n")
 
 
 def test_an_extension_that_is_not_built_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("mio_ext.backends.extension", None)
-    monkeypatch.setattr("mio_ext.backends._build_error", "no module named mio_ext._C", raising=False)
+    monkeypatch.setattr("mio_ext.backends._import_error", ModuleNotFoundError("mio_ext._C"), raising=False)
     assert pretrain.run(["--device", "cpu", "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert re.match(r"pretrain.py: --loss-backend auto: .*not built.*setup.py build_ext.*", error)
@@ -293,7 +306,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path, monkeypatch, capsys)
     ],
 )
 def test_out_of_memory_suggests_a_smaller_batch(error, monkeypatch, capsys):
-    def raise_it(*arguments):
+    def raise_it(*arguments, **options):
         raise error
 
     monkeypatch.setattr(pretrain, "assemble", raise_it)
@@ -317,7 +330,7 @@ def test_collapse_is_reported_in_words(capsys):
         loss, stats = mio_ext.mio_loss(*z.chunk(2), backend="reference", return_stats=True)
         assert isinstance(stats, PairStats)
         metrics.add(loss, stats)
-        with Progress(100) as progress:
+        with Progress(100, 0, 1) as progress:
             progress.advance(50)
             report(metrics, 1, 1, 0.1, z, progress, log)
         return [event for event, _ in log]
@@ -378,7 +391,7 @@ def test_the_exported_encoder_is_torchvisions(short_run, tmp_path):
         assert torch.equal(plain.eval()(images), loaded(images))
 
     (tmp_path / "other.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"other.safetensors holds no encoder of train/export.py"):
+    with pytest.raises(ValueError, match=r"other.safetensors holds no encoder of the pre-training script"):
         load_encoder(tmp_path / "other.safetensors")
 
 
