@@ -13,7 +13,7 @@ help:
 	@echo "make pretrain   set up, build, and pre-train on the default data (ARGS='--epochs 5' adds options)"
 	@echo "make test       set up for development, build, and run the test suite"
 	@echo "make fuzz       new problems for the losses, on every backend (SECONDS=600)"
-	@echo "make kill       kill a small training 50 times, fill its disk, and see that nothing is lost; 2 minutes"
+	@echo "make kill       kill a small training 50 times, fill its disk, and see that nothing is lost; some minutes"
 	@echo "make sanitize   the C++ test of the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make build      the set-up alone: $(VENV) and the extension in place"
 	@echo "make lint       ruff, clang-format and mypy        make format   let them mend what they can"
