@@ -84,6 +84,16 @@ cpp: $(VENV)/installed-dev
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
+# Of the kernels and their test alone, optimised less. `make -j2 sanitize` runs both at once.
+sanitize: sanitize-address sanitize-thread
+sanitize-address: KIND = address,undefined
+sanitize-thread: KIND = thread
+sanitize-%: $(VENV)/installed
+	@MAKEFLAGS= $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DMIO_CUDA=OFF \
+		-DMIO_SANITIZE=$(KIND) -DCMAKE_CXX_FLAGS_RELEASE=-O1 > build/$@.log || { cat build/$@.log; exit 1; }
+	@MAKEFLAGS= $(BIN)/cmake --build build/$@ --target pairwise_bce_test
+	build/$@/pairwise_bce_test
+
 # The CUDA kernels are in the sdist; `build` has compiled them where that can be done.
 package: build
 	rm -rf build/package && mkdir -p build/package

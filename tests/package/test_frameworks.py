@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses over processes inside what people train with: two processes on Gloo are one process on the whole batch."""
 
+import socket
 import subprocess
 import sys
 
@@ -109,14 +110,20 @@ def test_autocast_is_the_same_in_both_forms(pool):
         assert_is(passed, gathered, 4e-3)
 
 
-def torchrun(script, tmp_path):
-    """What process 0 of two saved, of a script that has ``folder`` and this file's names."""
+def write_script(script, tmp_path):
+    """A file that has ``folder`` and this file's names."""
     path = tmp_path / "script.py"
     path.write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(ROOT / 'tests/package')!r}]\n"
         f"folder = {str(tmp_path)!r}\nimport torch\nfrom test_frameworks import *\n{script}"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(path)]
+    return str(path)
+
+
+def torchrun(script, tmp_path):
+    """What process 0 of two saved."""
+    path = write_script(script, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(tmp_path / "result.pt", weights_only=True)
@@ -162,3 +169,44 @@ def test_packages(package, script, tmp_path):
     expected = whole()
     loss, gradients = torchrun(script, tmp_path)
     assert_is((loss, gradients), expected, 1e-6)
+
+
+NODE = """
+torch.distributed.init_process_group("gloo")
+results = {}
+for form in ("gather", "ring"):
+    net = DistributedDataParallel(network())
+    own = (z.chunk(2)[dist.get_rank()] for z in views())
+    loss = distributed.mio_loss(*(net(z) for z in own), exchange=form)
+    loss.backward()
+    results[form] = [loss.detach(), [p.grad for p in net.parameters()]]
+if dist.get_rank() == 0:
+    torch.save(results, folder + "/result.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_nodes(tmp_path):
+    """As on two machines: a torchrun for each, which meet at one address."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+    ]
+    path = write_script(NODE, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--rdzv-id", "two", path]
+    nodes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for _ in range(2)]
+    for node in nodes:
+        _, errors = node.communicate(timeout=200)
+        assert node.returncode == 0, errors[-3000:]
+    for result in torch.load(tmp_path / "result.pt", weights_only=True).values():
+        assert_is(result, whole(), 1e-6)

@@ -2,15 +2,18 @@
 """siglip_loss and SigLIPLoss: against the reference, and against the two libraries people use today."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import TOLERANCE, GradientsAskedFor, assert_no_worse_than, relative_error
+from process_pool import groups
 from torch import nn
 
-from mio_ext import SigLIPLoss, reference, siglip_loss
+from mio_ext import SigLIPLoss, distributed, mio_loss, reference, siglip_loss
 
 
 def towers(m, k, dim, dtype=torch.float32, device="cpu", seed=0):
@@ -305,6 +308,25 @@ def test_sides_of_two_dtypes(narrow, module, backend):
         for ours, theirs in zip((a, b), exact, strict=True):
             assert ours.grad.dtype == ours.dtype
             assert relative_error(ours.grad, theirs.grad) < TOLERANCE[ours.dtype][1] + 1e-5
+
+
+def two_dtypes_on_a_rank():
+    """(both losses, dtypes of the gradients) of one of two processes."""
+    x, y = (t.detach().chunk(2)[dist.get_rank()] for t in towers(8, 8, 4))
+    x, y = x.bfloat16().requires_grad_(), y.clone().requires_grad_()
+    losses = partial(distributed.siglip_loss, logit_scale=10.0), distributed.mio_loss
+    values = [loss(x, y, group=groups[2]) for loss in losses]
+    sum(values).backward()
+    return [float(v.detach()) for v in values], (x.grad.dtype, y.grad.dtype)
+
+
+def test_sides_of_two_dtypes_over_processes(pool):
+    x, y = (t.detach() for t in towers(8, 8, 4))
+    results = pool.run(two_dtypes_on_a_rank, ranks=2)
+    means = torch.tensor([values for values, _ in results]).mean(0)
+    whole = torch.stack([siglip_loss(x.bfloat16(), y, 10.0), mio_loss(x.bfloat16(), y)])
+    torch.testing.assert_close(means, whole)
+    assert {dtypes for _, dtypes in results} == {(torch.bfloat16, torch.float32)}
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
