@@ -52,10 +52,8 @@ def pretty(signature: inspect.Signature) -> str:
         if p.kind is p.KEYWORD_ONLY and not star:
             parts, star = [*parts, "*"], True
         annotation = "" if p.annotation is p.empty else f": {p.annotation}"
-        parts.append(
-            f"{p.name}{annotation}"
-            + ("" if p.default is p.empty else f" = {getattr(p.default, '__qualname__', repr(p.default))}")
-        )
+        default = getattr(p.default, "__qualname__", None) or repr(p.default)  # a function by name, not by address
+        parts.append(f"{p.name}{annotation}" + ("" if p.default is p.empty else f" = {default}"))
     returns = "" if signature.return_annotation in (signature.empty, "None") else f" -> {signature.return_annotation}"
     line = f"({', '.join(parts)}){returns}"
     return line if len(line) <= 90 else "(\n    " + ",\n    ".join(parts) + f",\n){returns}"
