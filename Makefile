@@ -52,7 +52,7 @@ pretrain: build
 	$(BIN)/python train/pretrain.py $(ARGS)
 
 test: $(VENV)/installed-dev build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # New problems on every backend until the time is up or one fails.
 SECONDS ?= 600
@@ -84,11 +84,11 @@ cpp: $(VENV)/installed-dev
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-# Of the kernels and their test alone, optimised less. `make -j2 sanitize` runs both at once.
+# Of the kernels and their test alone, optimised less.
 sanitize: sanitize-address sanitize-thread
 sanitize-address: KIND = address,undefined
 sanitize-thread: KIND = thread
-sanitize-%: $(VENV)/installed
+sanitize-%: $(VENV)/installed-dev
 	@MAKEFLAGS= $(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DMIO_CUDA=OFF \
 		-DMIO_SANITIZE=$(KIND) -DCMAKE_CXX_FLAGS_RELEASE=-O1 > build/$@.log || { cat build/$@.log; exit 1; }
 	@MAKEFLAGS= $(BIN)/cmake --build build/$@ --target pairwise_bce_test

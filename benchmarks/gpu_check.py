@@ -88,7 +88,7 @@ def without(*programs: str) -> Callable[[], str | None]:
 
 def parts(capability: str, output: Path) -> list[Part]:
     """All of them, in order, for a GPU of this compute capability."""
-    return [*correctness(capability, output), *speed(capability, output), *sanitizers(output)]
+    return [*correctness(capability, output), *speed(capability, output), bfloat16_on_amx(output), *sanitizers(output)]
 
 
 def correctness(capability: str, output: Path) -> list[Part]:
@@ -160,7 +160,6 @@ def speed(capability: str, output: Path) -> list[Part]:
         command = ["ncu", "--set", "full", "-k", f"regex:{kernel}", "-c", "1", bench]
         command += ["--n", "32768", "--d", "128", "--repeat", "1"]
         found.append(Part(name, f"ncu on {kernel}", 25, tuple(command), missing=without("ncu", bench)))
-    found.append(bfloat16_on_amx(output))
     train = [sys.executable, "train/pretrain.py", "--epochs", "3", "--knn-every", "1", "--no-evaluate"]
     train += ["--output", str(output / "run"), "--overwrite"]
     needs = without("module:torchvision", "module:sklearn", "module:safetensors")

@@ -88,6 +88,7 @@ def gradient_parts(
     """
     op = "gradient_parts"
     scale, bias, regularizer, _ = losses.mio_arguments(op, z1, z2, temperature, negative_temperature, regularizer, bias)
+    z1, z2 = checks.in_one_dtype(z1, z2)
     batch, dim = z1.shape
     positive, negative, linear = losses.mio_weights(batch, dim, regularizer, None)
     backend = choose_backend(op, backend, z1)

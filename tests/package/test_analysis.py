@@ -107,7 +107,11 @@ class TestGradientParts:
                 ValueError,
                 r"gradient_parts: z1 must have at least 2 rows, .*, got \[1, 3\]",
             ),
-            ((torch.ones(4, 3), torch.ones(4, 3).double()), TypeError, "gradient_parts: z2 must be torch.float32"),
+            (
+                (torch.ones(4, 3), torch.ones(4, 3).long()),
+                TypeError,
+                "gradient_parts: z2 must be float32, .* torch.int64",
+            ),
         ],
     )
     def test_wrong_features(self, arguments, error, message):

@@ -332,13 +332,13 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("d", [128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_launches_of_a_small_mio_step(monkeypatch, dtype, d):
-    """Four, but for float32 rows whose gradient is made in two slices. ones_like is PyTorch's own grad_output."""
+    """Five, but for float32 rows whose gradient is made in two slices. ones_like is PyTorch's own grad_output."""
     sliced = dtype == torch.float32 and d > 128
     z1, z2 = views(128, d, dtype)
     with Launches(monkeypatch) as launches:
         mio_loss(z1, z2, backend="triton").backward()
     sweeps = ["sweep_kernel"] * 2 + ["project_kernel"] if sliced else ["sweep_kernel"]
-    assert launches.names == ["cat", "prepare_kernel", *sweeps, "ones_like", "mul"]
+    assert launches.names == ["cat", "prepare_kernel", *sweeps, "ones_like", "mul", "mul"]
 
 
 def test_every_split_of_columns_covers_them_once():

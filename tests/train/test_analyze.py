@@ -81,7 +81,7 @@ def test_the_prediction_is_the_measurement_for_short_steps(analysed):
 def test_step_0_is_the_run_s_own_start(analysed):
     """The untrained network is rebuilt from the seed: its first loss, as the run saw it, is near that of the log."""
     run, values = analysed
-    config, setup = load_config(run), load_run(run, "cpu", None)
+    config, setup = load_config(run), load_run(run, "cpu", None, None)
     fresh = pretrain.assemble(dataclasses.replace(config, device="cpu")).model.state_dict()
     rebuilt = analyze.untrained_like(config, setup).state_dict()
     assert all(torch.equal(rebuilt[name], value) for name, value in fresh.items())
@@ -91,7 +91,7 @@ def test_step_0_is_the_run_s_own_start(analysed):
 
 
 def test_measuring_leaves_the_model_alone(run):
-    config, setup = load_config(run), load_run(run, "cpu", None)
+    config, setup = load_config(run), load_run(run, "cpu", None, None)
     before = {name: value.clone() for name, value in setup.model.state_dict().items()}
     batch = analyze.Batch(config, setup, analyze.load_loss(config, setup, run), 16)
     (move,) = analyze.last_layer_displacements(batch, setup.model, [0.1])

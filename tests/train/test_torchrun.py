@@ -47,8 +47,8 @@ def in_float64():
     process as in several; here whatever is not rounding stands out."""
     build = pretrain.assemble
 
-    def assemble(*arguments):
-        setup = build(*arguments)
+    def assemble(*arguments, **options):
+        setup = build(*arguments, **options)
         setup.model.double()
         setup.objective.double()
         normalize = setup.preprocess.normalize
