@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
-    from tests.package.process_pool import Pool
+    from tests.process_pool import Pool
 
 ROOT = Path(__file__).resolve().parents[1]
 
