@@ -99,7 +99,7 @@ package: build
 	rm -rf build/package && mkdir -p build/package
 	$(BIN)/python setup.py --quiet sdist --dist-dir build/package > build/package.log 2>&1 || { cat build/package.log; exit 1; }
 	FORCE_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target build/package/installed build/package/*.tar.gz
-	tar -tf build/package/*.tar.gz | grep -q csrc/cuda/instantiate/hopper.cu
+	tar -tf build/package/*.tar.gz > build/package/files && grep -q csrc/cuda/instantiate/hopper.cu build/package/files
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -m mio_ext
 	cd build/package && PYTHONPATH=installed installed/bin/mio-pretrain --dry-run
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -c 'import mio_ext; assert "cpu" in mio_ext.available_backends()'
