@@ -64,6 +64,15 @@ def test_two_encoders_and_a_loss_scale():
     assert relative_error(scaled / 64, gradients(*plain)) < 1e-6
 
 
+def test_autocast_around_all_of_it_costs_no_gradient():
+    """Autocast keeps a weight's 16-bit copy; one that was made without gradient must not serve the second run."""
+    micro, plain = network(), network()
+    with torch.autocast("cpu", torch.bfloat16):
+        backward_in_micro_batches(micro, inputs(), mio_loss, 8)
+        mio_loss(*(plain(z) for z in inputs())).backward()
+    assert relative_error(gradients(micro), gradients(plain)) < 1e-2
+
+
 def in_pieces(net, size):
     """What the docstring promises for batch norm and dropout: one graph over micro-batches."""
     return mio_loss(*(torch.cat([net(piece) for piece in z.split(size)]) for z in inputs()))
