@@ -51,6 +51,8 @@ pretrain: export FORCE_CUDA ?= gpu
 pretrain: build
 	$(BIN)/python train/pretrain.py $(ARGS)
 
+# Threads that wait do not take the processor from the other half of the tests.
+test: export OMP_WAIT_POLICY ?= passive
 test: $(VENV)/installed-dev build
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
@@ -82,7 +84,7 @@ format: $(VENV)/installed-dev
 cpp: $(VENV)/installed-dev
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > build/cmake.log || { cat build/cmake.log; exit 1; }
 	$(BIN)/cmake --build build/cmake
-	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure --parallel 2
 
 # Of the kernels and their test alone, optimised less.
 sanitize: sanitize-address sanitize-thread
