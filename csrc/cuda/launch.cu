@@ -32,6 +32,11 @@ Layout layout_of(const PairwiseBCECuda& in) {
   return is_chunked_hopper(in) ? Layout::kGathered : uses_hopper(in) ? Layout::kTiled : Layout::kDense;
 }
 
+// Of chunk_hopper_kernel.
+int wide_blocks(const PairwiseBCECuda& in) {
+  return std::max(in.multiprocessors / WideTile::kCluster, 1) * WideTile::kCluster;
+}
+
 // The smallest tiles of any kernel, so the most blocks there can be.
 constexpr int kSmallestBlockM = 64;
 
@@ -74,7 +79,7 @@ struct Workspace {
       n_tickets = 2 + ceil_div(in.m, kSmallestBlockM) + ceil_div(in.k, kSmallestBlockM);
     } else {
       const int rows = ceil_div(in.m, kChunkWarps);
-      n_records = (is_chunked_hopper(in) ? in.multiprocessors : rows) + rows;
+      n_records = (is_chunked_hopper(in) ? wide_blocks(in) : rows) + rows;
       n_tickets = 1;
     }
     records = carver.take<PairSums>(n_records);
@@ -224,9 +229,9 @@ void launch_chunked_logits(const PairwiseBCECuda& problem, void* g, int row0, in
   logits.first = row0 == 0;
   logits.records = work.records;
   if (problem.arithmetic == Arithmetic::kBf16)
-    LaunchChunkedHopper<Bf16>::logits(logits, problem.multiprocessors, stream);
+    LaunchChunkedHopper<Bf16>::logits(logits, wide_blocks(problem), stream);
   else
-    LaunchChunkedHopper<Fp16>::logits(logits, problem.multiprocessors, stream);
+    LaunchChunkedHopper<Fp16>::logits(logits, wide_blocks(problem), stream);
 }
 
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream) {
