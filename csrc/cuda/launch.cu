@@ -204,14 +204,20 @@ void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream) {
   with_chunked(problem.arithmetic, [&](auto launch) { launch.prepare(prepare, stream); });
 }
 
-// Bytes of a chunk: of its float32 products, which grow with the columns alone; with the other kernel, of G, beside
-// gradients and copies of 12 bytes a feature, or 16. They leave a row of these and its column of G 16 KiB and 4 bytes a
-// feature, and tiles enough for the library's products of a chunk.
+// Rows of which a chunk's G, with gradients and copies of 12 bytes a feature, takes no more than siglip-kernel 0.1.2
+// takes for as many rows, which holds gradients of 16 bits and G of up to twice 4096 rows. Where no chunk is that
+// small, what is left is speed.
+int wide_chunk_rows(const PairwiseBCECuda& in) {
+  const int sides = in.y.data ? 2 : 1, fit = std::min(std::max(in.m, in.k), 8192) - 2 * sides * padded_width(in) - 128;
+  return fit < kChunkMultiple ? 1024 : fit;
+}
+
+// Others: the bytes of float32 products, which grow with the columns alone.
 int chunk_rows(const PairwiseBCECuda& problem) {
   const Workspace work(problem);
   constexpr int64_t kProductBytes = int64_t(512) << 20;
-  const int64_t fit = is_chunked_hopper(problem) ? std::max(8064 - 4 * padded_width(problem), 1024)
-                                                 : kProductBytes / (int64_t(work.y.n_pad) * 4);
+  const int64_t fit =
+      is_chunked_hopper(problem) ? wide_chunk_rows(problem) : kProductBytes / (int64_t(work.y.n_pad) * 4);
   const int64_t rows = std::max<int64_t>(fit / kChunkMultiple, 1) * kChunkMultiple;
   return int(std::min<int64_t>(rows, work.x.n_pad));
 }
