@@ -5,7 +5,8 @@
 // What a test wants to see is made worse than on a GPU: shared memory starts as NaN, a warp runs from barrier to
 // barrier before the next one starts, in random order, and blocks come in random order, those of a cluster by turns.
 // Misaligned accesses to shared memory end the program, as do collectives that not all lanes of a warp reach, threads
-// that wait for each other for ever, and what is sent to a block of the cluster that has left.
+// that wait for each other for ever, what is sent to a block of the cluster that has left, and copies, products and
+// arrivals that a block leaves behind.
 #pragma once
 
 #include <setjmp.h>
@@ -24,6 +25,8 @@
 #include <memory>
 #include <random>
 #include <vector>
+
+#include "left_out.h"
 
 #define __global__
 #define __launch_bounds__(...)
@@ -108,6 +111,7 @@ struct Warp {
   };
   std::map<const void*, Accumulator> busy;  // the registers there are NaN until the wait for the last of them
   bool fenced = false;
+  int asleep = 0;  // rounds that it sits out
 };
 
 // Phases that take arrivals and bytes; see mbarrier_init().
@@ -245,14 +249,21 @@ inline void run_warp(unsigned warp) {
   if (its.arrived) fail("a warp's collective was not reached by all its lanes");
 }
 
+// Some warps fall far behind the others.
+inline bool sits_out(unsigned warp) {
+  int& asleep = machine.warps[warp].asleep;
+  if (asleep == 0 && machine.random() % 32 == 0) asleep = int(machine.random() % 32);
+  return asleep > 0 && asleep-- > 0;
+}
+
 // Runs a block's warps, each to where it waits; whether there is more to run before the others of its cluster get on.
 inline bool run_block(Block& block) {
   std::swap(static_cast<Block&>(machine), block);
   std::vector<unsigned> order(machine.warps.size());
   for (unsigned w = 0; w < order.size(); ++w) order[w] = w;
   std::shuffle(order.begin(), order.end(), machine.random);
-  for (unsigned warp : order) run_warp(warp);
-  bool running = machine.any(State::kPolling);
+  for (unsigned warp : order) sits_out(warp) ? void(machine.moved = true) : run_warp(warp);
+  bool running = machine.any(State::kPolling) || machine.any(State::kReady);
   machine.release(State::kPolling);
   if (!running && machine.any(State::kAtBarrier)) {
     if (machine.any(State::kAtGrid) || machine.any(State::kAtCluster)) fail("threads of a block at different barriers");
@@ -261,6 +272,20 @@ inline bool run_block(Block& block) {
   }
   std::swap(static_cast<Block&>(machine), block);
   return running;
+}
+
+// What a block that is done has under way would go astray.
+inline void check_end(const Block& block) {
+  for (const auto& [barrier, its] : block.mbarriers)
+    if (!its.copies.empty() || its.bytes != 0) fail("a copy that nobody waited for");
+  for (const auto& [barrier, its] : block.named_barriers)
+    if (its.arrived != 0) fail("a barrier that not all came to");
+  for (const Warp& warp : block.warps)
+    if (warp.groups.size() > 1 || !warp.groups.back().empty() || !warp.busy.empty())
+      fail("a product that nobody waited for");
+  for (const Thread& thread : block.threads)
+    for (const auto& group : thread.groups)
+      if (!group.empty()) fail("a cp.async that nobody waited for");
 }
 
 // Runs the blocks of a cluster to their end, or to where they wait for the grid: true.
@@ -280,7 +305,9 @@ inline bool run_cluster(std::vector<Block*> blocks) {
     for (Block* block : blocks) block->release(State::kAtCluster);
     running = true;
   }
-  return any(State::kAtGrid);
+  if (any(State::kAtGrid)) return true;
+  for (const Block* block : blocks) check_end(*block);
+  return false;
 }
 
 // A block of the running one's cluster.
@@ -320,7 +347,10 @@ inline unsigned char* at_shared(uint32_t address, uint32_t bytes) {
 #define blockDim (dim3{unsigned(emulator::machine.threads.size()), 1, 1})
 #define gridDim (emulator::machine.grid)
 
-inline void __syncthreads() { emulator::wait_as(emulator::State::kAtBarrier); }
+inline void __syncthreads(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
+  emulator::wait_as(emulator::State::kAtBarrier);
+}
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }
 

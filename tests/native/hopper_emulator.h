@@ -8,14 +8,17 @@ namespace mio_ext {
 
 // ---------------------------------------------------------------- matrix products
 
-inline void wgmma_fence() {
+inline void wgmma_fence(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::collective(nullptr, [](void**) { emulator::own_warp().fenced = true; });
 }
-inline void wgmma_commit() {
+inline void wgmma_commit(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::collective(nullptr, [](void**) { emulator::own_warp().groups.emplace_back(); });
 }
 template <int kOpenGroups>
-void wgmma_wait() {
+void wgmma_wait(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::pause();
   emulator::collective(nullptr, [](void**) {
     auto& groups = emulator::own_warp().groups;
@@ -113,7 +116,8 @@ inline emulator::Mbarrier& mbarrier_at(uint32_t barrier, emulator::Block& block 
   if (found == block.mbarriers.end()) emulator::fail("an mbarrier that was not initialised");
   return found->second;
 }
-inline void mbarrier_init(uint32_t barrier, uint32_t count) {
+inline void mbarrier_init(uint32_t barrier, uint32_t count, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::at_shared(barrier, 8);
   emulator::machine.mbarriers[barrier] = emulator::Mbarrier(count);
 }
@@ -123,12 +127,17 @@ inline void arrive(emulator::Mbarrier& b, uint32_t bytes) {
   b.bytes += bytes;
   b.settle();
 }
-inline void mbarrier_arrive_expecting(uint32_t barrier, uint32_t bytes) { arrive(mbarrier_at(barrier), bytes); }
-inline void mbarrier_arrive(uint32_t barrier) { mbarrier_arrive_expecting(barrier, 0); }
-inline void mbarrier_arrive_at(uint32_t barrier, uint32_t block) {
+inline void mbarrier_arrive_expecting(uint32_t barrier, uint32_t bytes, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
+  arrive(mbarrier_at(barrier), bytes);
+}
+inline void mbarrier_arrive(uint32_t barrier, MIO_PLACE) { mbarrier_arrive_expecting(barrier, 0, place); }
+inline void mbarrier_arrive_at(uint32_t barrier, uint32_t block, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   arrive(mbarrier_at(barrier, emulator::of_cluster(block)), 0);
 }
-inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::wait_until([&] {
     emulator::Mbarrier& b = mbarrier_at(barrier);
     if (b.phases % 2 != parity) return true;
@@ -143,7 +152,8 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   });
 }
 // Each block gets its bytes at a time of its own.
-inline void bulk_copy_to(uint16_t blocks, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+inline void bulk_copy_to(uint16_t blocks, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) emulator::fail("a misaligned bulk copy");
   emulator::at_shared(to, 16), emulator::at_shared(to + bytes - 16, 16);
   for (uint32_t rank = 0; blocks >> rank != 0; ++rank) {
@@ -154,19 +164,24 @@ inline void bulk_copy_to(uint16_t blocks, uint32_t to, const void* from, uint32_
     mbarrier_at(barrier, block).copies.push_back([=] { return std::memcpy(target, from, bytes), int64_t(bytes); });
   }
 }
-inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  bulk_copy_to(uint16_t(1u << emulator::machine.cluster_rank()), to, from, bytes, barrier);
+inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, MIO_PLACE) {
+  bulk_copy_to(uint16_t(1u << emulator::machine.cluster_rank()), to, from, bytes, barrier, place);
 }
-inline void sync_cluster() { emulator::wait_as(emulator::State::kAtCluster); }
+inline void sync_cluster(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
+  emulator::wait_as(emulator::State::kAtCluster);
+}
 
-inline void barrier_arrive(int barrier, int threads) {
+inline void barrier_arrive(int barrier, int threads, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   auto& named = emulator::machine.named_barriers[barrier];
   if (++named.arrived == threads) named.arrived = 0, ++named.passes;
 }
-inline void barrier_wait(int barrier, int threads) {
+inline void barrier_wait(int barrier, int threads, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   auto& named = emulator::machine.named_barriers[barrier];
   const int passes = named.passes;
-  barrier_arrive(barrier, threads);
+  barrier_arrive(barrier, threads, place);
   emulator::wait_until([&] { return named.passes != passes; });
 }
 
