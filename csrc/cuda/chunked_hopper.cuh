@@ -2,11 +2,13 @@
 // The chunked path's logits for compute capability 9.0, features of 16 bits: products, loss and G of a chunk of rows in
 // one kernel, which writes G alone, in 16 bits, eq. (7)-(8). What G means is said in chunked.cuh.
 //
-// Blocks stay for all of the chunk. Each takes every gridDim.x-th tile of 128 x 256 logits, columns slowest, so that
-// the chunk's rows stay in the L2 cache and the columns pass through it once. A producer copies rows and columns, 64
-// features at a time, into stages that mbarriers guard, and two consumers of four warps, with 64 rows each, add up
-// their products in registers. It goes on copying while they are at the terms. The second consumer begins kStages
-// blocks of features after the first and stays behind: so one has the tensor cores while the other is at its terms.
+// Blocks stay for all of the chunk. A cluster of two takes pairs of tiles of 128 x 256 logits, one below the other,
+// each so many pairs after the last as there are clusters; columns slowest, so that the chunk's rows stay in the L2
+// cache and the columns pass through it once. A producer copies its rows and half of the columns, 64 features at a
+// time, into stages that mbarriers guard, the columns into both blocks'. Two consumers of four warps, with 64 rows
+// each, add up their products in registers, and the producer goes on copying while they are at the terms. The second
+// consumer begins kStages blocks of features after the first and stays behind: so one has the tensor cores while the
+// other is at its terms.
 #pragma once
 
 #include "chunked.cuh"
@@ -22,35 +24,45 @@ struct ChunkLogits {
   bool normalize;
   int blocks;         // of features
   int row0, n;        // the chunk
-  void* g;            // [n up to a multiple of 128, cols.n_pad] in the features' type, or nullptr
+  void* g;            // [n up to a multiple of kChunkMultiple, cols.n_pad] in the features' type, or nullptr
   bool first;         // of the chunks: the records are written, not added to
   PairSums* records;  // [gridDim.x]
 
-  MIO_DEVICE int row_tiles() const { return ceil_div(n, WideTile::kBlockM); }
-  MIO_DEVICE int tiles() const { return row_tiles() * (cols.n_pad / WideTile::kBlockN); }
-  MIO_DEVICE int first_row(int tile) const { return row0 + tile % row_tiles() * WideTile::kBlockM; }
-  MIO_DEVICE int first_column(int tile) const { return tile / row_tiles() * WideTile::kBlockN; }
-};
+  // By pairs of tiles, and of these the one of the block's place in its cluster.
+  MIO_DEVICE int row_pairs() const { return ceil_div(n, WideTile::kClusterRows); }
+  MIO_DEVICE int pairs_of_tiles() const { return row_pairs() * (cols.n_pad / WideTile::kBlockN); }
+  MIO_DEVICE int first_row(int pair) const {
+    return row0 + pair % row_pairs() * WideTile::kClusterRows + cluster_rank() * WideTile::kBlockM;
+  }
+  MIO_DEVICE int first_column(int pair) const { return pair / row_pairs() * WideTile::kBlockN; }
 
+  MIO_DEVICE static int cluster_rank() { return blockIdx.x % WideTile::kCluster; }
+  MIO_DEVICE static int first_pair() { return blockIdx.x / WideTile::kCluster; }
+  MIO_DEVICE static int clusters() { return gridDim.x / WideTile::kCluster; }
+};
+static_assert(WideTile::kClusterRows == kChunkMultiple && WideTile::kBlockN == WideTile::kCluster * kRowMultiple);
+
+// A stage is free once the consumers of both blocks have read it, for both producers write to both. What the other
+// writes may come before this one has announced it; the phase does not end before that.
+//
 // A tile's factors come with its first block of features. The slot is free then: the stage of that block was free, and
 // had a block of the tile before, of which there are at least kStages. Who has read that is done with the tile before.
 MIO_DEVICE void produce_chunk(const ChunkLogits& in, uint32_t smem) {
   using T = WideTile;
-  const int row_bytes = in.blocks * kBlockRowBytes;
+  const int row_bytes = in.blocks * kBlockRowBytes, rank = in.cluster_rank();
   PipelineState<T> state{smem};
   uint32_t factors = smem + T::kFactorsAt, other_factors = factors + T::kFactorBytes;
-  for (int tile = blockIdx.x; tile < in.tiles(); tile += gridDim.x) {
-    const int col0 = in.first_column(tile);
-    const auto* rows = static_cast<const unsigned char*>(in.rows.z) + int64_t(in.first_row(tile)) * row_bytes;
-    const auto* columns = static_cast<const unsigned char*>(in.cols.z) + int64_t(col0) * row_bytes;
+  for (int pair = in.first_pair(); pair < in.pairs_of_tiles(); pair += in.clusters()) {
+    const int col0 = in.first_column(pair);
+    const auto* rows = static_cast<const unsigned char*>(in.rows.z) + int64_t(in.first_row(pair)) * row_bytes;
+    const auto* columns =
+        static_cast<const unsigned char*>(in.cols.z) + int64_t(col0 + rank * kRowMultiple) * row_bytes;
     for (int block = 0; block < in.blocks; ++block, state.next()) {
       mbarrier_wait(state.empty(), state.parity ^ 1);
       mbarrier_arrive_expecting(state.full(), T::kStageBytes + (block == 0 ? T::kFactorBytes : 0));
       bulk_copy(state.columns() - T::kColumnsAt, rows + int64_t(block) * T::kGroupBytes, T::kGroupBytes, state.full());
-      for (int group = 0; group < T::kBlockN / kRowMultiple; ++group)
-        bulk_copy(state.columns() + group * T::kGroupBytes,
-                  columns + int64_t(group) * kRowMultiple * row_bytes + int64_t(block) * T::kGroupBytes, T::kGroupBytes,
-                  state.full());
+      bulk_copy_to((1 << T::kCluster) - 1, state.columns() + rank * T::kGroupBytes,
+                   columns + int64_t(block) * T::kGroupBytes, T::kGroupBytes, state.full());
       if (block == 0) bulk_copy(factors, in.cols.inverse + col0, T::kFactorBytes, state.full());
     }
     const uint32_t used = factors;
@@ -67,8 +79,8 @@ MIO_DEVICE void wide_logits(float (&s)[WideTile::kBlockN / 8][4], PipelineState<
                             int consumer, bool first) {
   using T = WideTile;
   PipelineState<T> last = state;
-  auto release = [&] {
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(last.empty());
+  auto release = [&] {  // in both blocks
+    if (threadIdx.x % 32 < T::kCluster) mbarrier_arrive_at(last.empty(), threadIdx.x % 32);
   };
   for (int block = 0; block < blocks; ++block, state.next()) {
     mbarrier_wait(state.full(), state.parity);
@@ -110,11 +122,11 @@ MIO_DEVICE void store_g(typename A::Element* to, int64_t next_row, const float (
 // 1 + e at most.
 template <class A, bool kIds>
 MIO_DEVICE void wide_terms(const ChunkLogits& in, const Coefficients& coefficients,
-                           float (&s)[1][WideTile::kBlockN / 8][4], uint32_t factors, int tile, int consumer,
+                           float (&s)[1][WideTile::kBlockN / 8][4], uint32_t factors, int pair, int consumer,
                            double (&sums)[kSums]) {
   using T = WideTile;
   constexpr int kHalf = T::kBlockN / 2, N = kHalf / 8;
-  const int lane = threadIdx.x % 32, tile_row0 = in.first_row(tile), tile_col0 = in.first_column(tile);
+  const int lane = threadIdx.x % 32, tile_row0 = in.first_row(pair), tile_col0 = in.first_column(pair);
   const int row0 = tile_row0 + gathered(threadIdx.x / 32 * 16 + lane / 4);  // this thread's first
   TileTerms<A, 1, kIds, Gathered> terms(in.rows, in.cols, row0, coefficients, in.normalize);
   const float inverse[2] = {in.rows.inverse[row0], in.rows.inverse[row0 + Gathered::kNextRow]};
@@ -135,7 +147,7 @@ MIO_DEVICE void wide_terms(const ChunkLogits& in, const Coefficients& coefficien
   for (int i = 0; i < kSums; ++i) sums[i] += more[i];
 }
 
-// Grid: [as many as there are multiprocessors].
+// Grid: [as many as there are multiprocessors], in clusters.
 template <class A, bool kIds>
 __global__ void __launch_bounds__(WideTile::kThreads + WideTile::kProducerThreads, 1)
     chunk_hopper_kernel(const ChunkLogits in) {
@@ -148,10 +160,10 @@ __global__ void __launch_bounds__(WideTile::kThreads + WideTile::kProducerThread
     if (smem % 1024 != 0 || in.blocks < T::kStages) trap();
     PipelineState<T> state{smem};
     for (int i = 0; i < T::kStages; ++i, state.next())
-      mbarrier_init(state.full(), 1), mbarrier_init(state.empty(), T::kWarps);
+      mbarrier_init(state.full(), 1), mbarrier_init(state.empty(), T::kCluster * T::kWarps);
     mbarrier_init_fence();
   }
-  __syncthreads();
+  sync_cluster();
   if (threadIdx.x >= T::kThreads) {
     fewer_registers<T::kProducerRegisters>();
     if (threadIdx.x == T::kThreads) produce_chunk(in, smem);
@@ -159,20 +171,21 @@ __global__ void __launch_bounds__(WideTile::kThreads + WideTile::kProducerThread
   }
   more_registers<T::kConsumerRegisters>();
 
-  const int consumer = threadIdx.x / 128, first = blockIdx.x;
+  const int consumer = threadIdx.x / 128, first = in.first_pair();
   const Coefficients coefficients(read_params(in.constants, in.params));
   double sums[kSums] = {};
   PipelineState<T> state{smem};
   uint32_t factors = smem + T::kFactorsAt, other_factors = factors + T::kFactorBytes;
-  if (consumer == 1 && first < in.tiles()) barrier_wait(kHeadStart, T::kThreads);
-  for (int tile = first; tile < in.tiles(); tile += gridDim.x) {
+  if (consumer == 1 && first < in.pairs_of_tiles()) barrier_wait(kHeadStart, T::kThreads);
+  for (int pair = first; pair < in.pairs_of_tiles(); pair += in.clusters()) {
     float s[1][T::kBlockN / 8][4];
-    wide_logits<A>(s[0], state, in.blocks, consumer, tile == first);
-    wide_terms<A, kIds>(in, coefficients, s, factors, tile, consumer, sums);
+    wide_logits<A>(s[0], state, in.blocks, consumer, pair == first);
+    wide_terms<A, kIds>(in, coefficients, s, factors, pair, consumer, sums);
     const uint32_t used = factors;
     factors = other_factors, other_factors = used;
   }
-  __syncthreads();  // of the consumers: the producer has left. Shared memory changes its use
+  sync_cluster();  // of the consumers: the producers have left. The other block arrives here no more, and shared memory
+                   // changes its use
   write_record<T::kWarps>(sums, in.records + blockIdx.x, !in.first);
 #endif
 }

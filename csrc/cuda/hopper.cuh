@@ -129,6 +129,15 @@ MIO_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
                  : "memory");
   while (!over);
 }
+// At the barrier of this place in another block of the cluster, or in this one. It orders no memory there but what this
+// thread knows to be done: a release for the cluster would wait for all that it has written.
+MIO_DEVICE void mbarrier_arrive_at(uint32_t barrier, uint32_t block) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
 // Bytes from global to shared memory, multiples of 16 all; the barrier counts them.
 MIO_DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -136,6 +145,20 @@ MIO_DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_
                : "memory");
 }
 
+// The same, to the same place of each block of the cluster whose bit is set; there the barrier of the same place
+// counts.
+MIO_DEVICE void bulk_copy_to(uint16_t blocks, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
+// All threads of a cluster that have not left.
+MIO_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Barriers 1 to 15, of as many threads as are named; arriving is not waiting.
 MIO_DEVICE void barrier_wait(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

@@ -32,6 +32,11 @@ Layout layout_of(const PairwiseBCECuda& in) {
   return is_chunked_hopper(in) ? Layout::kGathered : uses_hopper(in) ? Layout::kTiled : Layout::kDense;
 }
 
+// Of chunk_hopper_kernel.
+int wide_blocks(const PairwiseBCECuda& in) {
+  return std::max(in.multiprocessors / WideTile::kCluster, 1) * WideTile::kCluster;
+}
+
 // The smallest tiles of any kernel, so the most blocks there can be.
 constexpr int kSmallestBlockM = 64;
 
@@ -74,7 +79,7 @@ struct Workspace {
       n_tickets = 2 + ceil_div(in.m, kSmallestBlockM) + ceil_div(in.k, kSmallestBlockM);
     } else {
       const int rows = ceil_div(in.m, kChunkWarps);
-      n_records = (is_chunked_hopper(in) ? in.multiprocessors : rows) + rows;
+      n_records = (is_chunked_hopper(in) ? wide_blocks(in) : rows) + rows;
       n_tickets = 1;
     }
     records = carver.take<PairSums>(n_records);
@@ -199,14 +204,20 @@ void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream) {
   with_chunked(problem.arithmetic, [&](auto launch) { launch.prepare(prepare, stream); });
 }
 
-// Bytes of a chunk: of its float32 products, which grow with the columns alone; with the other kernel, of G, beside
-// gradients and copies of 12 bytes a feature, or 16. They leave a row of these and its column of G 16 KiB and 4 bytes a
-// feature, and tiles enough for the library's products of a chunk.
+// Rows of which a chunk's G, with gradients and copies of 12 bytes a feature, takes no more than siglip-kernel 0.1.2
+// takes for as many rows, which holds gradients of 16 bits and G of up to twice 4096 rows. Where no chunk is that
+// small, what is left is speed.
+int wide_chunk_rows(const PairwiseBCECuda& in) {
+  const int sides = in.y.data ? 2 : 1, fit = std::min(std::max(in.m, in.k), 8192) - 2 * sides * padded_width(in) - 128;
+  return fit < kChunkMultiple ? 1024 : fit;
+}
+
+// Others: the bytes of float32 products, which grow with the columns alone.
 int chunk_rows(const PairwiseBCECuda& problem) {
   const Workspace work(problem);
   constexpr int64_t kProductBytes = int64_t(512) << 20;
-  const int64_t fit = is_chunked_hopper(problem) ? std::max(8064 - 4 * padded_width(problem), 1024)
-                                                 : kProductBytes / (int64_t(work.y.n_pad) * 4);
+  const int64_t fit =
+      is_chunked_hopper(problem) ? wide_chunk_rows(problem) : kProductBytes / (int64_t(work.y.n_pad) * 4);
   const int64_t rows = std::max<int64_t>(fit / kChunkMultiple, 1) * kChunkMultiple;
   return int(std::min<int64_t>(rows, work.x.n_pad));
 }
@@ -224,9 +235,9 @@ void launch_chunked_logits(const PairwiseBCECuda& problem, void* g, int row0, in
   logits.first = row0 == 0;
   logits.records = work.records;
   if (problem.arithmetic == Arithmetic::kBf16)
-    LaunchChunkedHopper<Bf16>::logits(logits, problem.multiprocessors, stream);
+    LaunchChunkedHopper<Bf16>::logits(logits, wide_blocks(problem), stream);
   else
-    LaunchChunkedHopper<Fp16>::logits(logits, problem.multiprocessors, stream);
+    LaunchChunkedHopper<Fp16>::logits(logits, wide_blocks(problem), stream);
 }
 
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream) {

@@ -11,19 +11,22 @@
 namespace mio_ext {
 
 #if defined(__CUDACC__)
-// together: all blocks run at a time, and may wait for each other.
+// together: all blocks run at a time, and may wait for each other. cluster: so many blocks along x are one.
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream, const Params& params,
-            bool together = false) {
+            bool together = false, int cluster = 1) {
   if (shared_bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = together;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = together;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = unsigned(cluster);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &cooperative, config.numAttrs = 1;
+  config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, params);
 }
 #endif
@@ -54,7 +57,7 @@ struct ChunkLogits;
 // Its products and terms in one, for compute capability 9.0; instantiated in instantiate/chunked_hopper.cu.
 template <class A>
 struct LaunchChunkedHopper {
-  static void logits(const ChunkLogits& in, int multiprocessors, Stream stream);
+  static void logits(const ChunkLogits& in, int blocks, Stream stream);
 };
 
 // Calls f with the width and whether there are ids as types, which the kernels are made for.

@@ -90,7 +90,7 @@ struct ChunkedCopies {
   size_t x, y;  // where they begin in the workspace: [m_pad, width] and [k_pad, width] of the features' type
   int m_pad, k_pad, width;
 };
-constexpr int kChunkMultiple = 128;  // of rows
+constexpr int kChunkMultiple = 256;  // of rows
 ChunkedCopies chunked_copies(const PairwiseBCECuda& problem);
 // Rows of a chunk, a multiple of that.
 int chunk_rows(const PairwiseBCECuda& problem);

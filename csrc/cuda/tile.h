@@ -138,14 +138,17 @@ struct HopperTile {
   static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
 };
 
-// The chunked path's, for compute capability 9.0: logits of a tile over all features, 64 at a time.
+// The chunked path's, for compute capability 9.0: logits of a tile over all features, 64 at a time. The blocks of a
+// cluster have tiles below each other.
 struct WideTile {
+  static constexpr int kCluster = 2;
   static constexpr int kConsumers = 2;
   static constexpr int kWarps = 4 * kConsumers, kThreads = 32 * kWarps;  // without the producer's, which come last
   static constexpr int kProducerThreads = 128;
   static constexpr int kConsumerRows = 64;
   static constexpr int kBlockM = kConsumerRows * kConsumers;
   static constexpr int kBlockN = 256;  // 128 registers a thread
+  static constexpr int kClusterRows = kCluster * kBlockM;
   static constexpr int kStages = 4;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 

@@ -37,7 +37,10 @@ inline float float_of(uint32_t v) {
   return r;
 }
 
-inline void sync_grid() { emulator::wait_as(emulator::State::kAtGrid); }
+inline void sync_grid(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
+  emulator::wait_as(emulator::State::kAtGrid);
+}
 
 inline unsigned char* shared_memory() { return emulator::machine.shared; }
 inline uint32_t shared_address(const void* p) {
@@ -97,14 +100,19 @@ inline float2 load_shared_pair(uint32_t address) {
   return v;
 }
 
-inline void cp_async(uint32_t to, const void* from) {
+inline void cp_async(uint32_t to, const void* from, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("cp.async from a misaligned address");
   std::memset(emulator::at_shared(to, 16), 0xff, 16);
   emulator::self().groups.back().push_back({to, from});
 }
-inline void cp_async_commit() { emulator::self().groups.emplace_back(); }
+inline void cp_async_commit(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
+  emulator::self().groups.emplace_back();
+}
 template <int kOpenGroups>
-void cp_async_wait() {
+void cp_async_wait(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   auto& groups = emulator::self().groups;
   while (groups.size() > kOpenGroups + 1) {
     for (const emulator::Copy& copy : groups.front()) std::memcpy(emulator::at_shared(copy.to, 16), copy.from, 16);

@@ -3,9 +3,10 @@
 // are in cuda_emulator.h and hopper_emulator.h.
 //
 // What a test wants to see is made worse than on a GPU: shared memory starts as NaN, a warp runs from barrier to
-// barrier before the next one starts, in random order, and blocks come in random order. Misaligned accesses to shared
-// memory end the program, as do collectives that not all lanes of a warp reach, and threads that wait for each other
-// for ever.
+// barrier before the next one starts, in random order, and blocks come in random order, those of a cluster by turns.
+// Misaligned accesses to shared memory end the program, as do collectives that not all lanes of a warp reach, threads
+// that wait for each other for ever, what is sent to a block of the cluster that has left, and copies, products and
+// arrivals that a block leaves behind.
 #pragma once
 
 #include <setjmp.h>
@@ -24,6 +25,8 @@
 #include <memory>
 #include <random>
 #include <vector>
+
+#include "left_out.h"
 
 #define __global__
 #define __launch_bounds__(...)
@@ -87,7 +90,7 @@ struct Copy {
   const void* from;
 };
 
-enum class State { kReady, kInWarp, kPolling, kAtBarrier, kAtGrid, kDone };
+enum class State { kReady, kInWarp, kPolling, kAtBarrier, kAtCluster, kAtGrid, kDone };
 
 struct Thread {
   State state = State::kReady;
@@ -108,6 +111,7 @@ struct Warp {
   };
   std::map<const void*, Accumulator> busy;  // the registers there are NaN until the wait for the last of them
   bool fenced = false;
+  int asleep = 0;  // rounds that it sits out
 };
 
 // Phases that take arrivals and bytes; see mbarrier_init().
@@ -140,6 +144,16 @@ struct Block {
     int arrived = 0, passes = 0;
   };
   std::map<int, Named> named_barriers;
+  std::vector<Block*> cluster;  // its blocks; this one's place is stale while it runs
+
+  unsigned cluster_rank() const { return block_index.x % unsigned(cluster.size()); }
+  bool any(State state) const {
+    return std::any_of(threads.begin(), threads.end(), [=](const Thread& thread) { return thread.state == state; });
+  }
+  void release(State state) {
+    for (Thread& thread : threads)
+      if (thread.state == state) thread.state = State::kReady;
+  }
 
   Block() = default;
   Block(unsigned n, size_t bytes, dim3 index)
@@ -235,31 +249,75 @@ inline void run_warp(unsigned warp) {
   if (its.arrived) fail("a warp's collective was not reached by all its lanes");
 }
 
-// Runs a block to its end, or to where it waits for the grid: true.
+// Some warps fall far behind the others.
+inline bool sits_out(unsigned warp) {
+  int& asleep = machine.warps[warp].asleep;
+  if (asleep == 0 && machine.random() % 32 == 0) asleep = int(machine.random() % 32);
+  return asleep > 0 && asleep-- > 0;
+}
+
+// Runs a block's warps, each to where it waits; whether there is more to run before the others of its cluster get on.
 inline bool run_block(Block& block) {
   std::swap(static_cast<Block&>(machine), block);
   std::vector<unsigned> order(machine.warps.size());
   for (unsigned w = 0; w < order.size(); ++w) order[w] = w;
-  bool at_grid = false;
-  for (Thread& thread : machine.threads)
-    if (thread.state == State::kAtGrid) thread.state = State::kReady;
-  for (bool running = true; running;) {
-    std::shuffle(order.begin(), order.end(), machine.random);
-    machine.moved = false;
-    for (unsigned warp : order) run_warp(warp);
-    running = false;
-    for (Thread& thread : machine.threads)
-      if (thread.state == State::kPolling) thread.state = State::kReady, running = true;
-    if (running && !machine.moved) fail("threads wait for each other for ever");
-    if (running) continue;
-    for (Thread& thread : machine.threads) {
-      if (thread.state == State::kAtGrid) at_grid = true;
-      if (thread.state == State::kAtBarrier) thread.state = State::kReady, running = true;
-    }
-    if (running && at_grid) fail("threads of a block at different barriers");
+  std::shuffle(order.begin(), order.end(), machine.random);
+  for (unsigned warp : order) sits_out(warp) ? void(machine.moved = true) : run_warp(warp);
+  bool running = machine.any(State::kPolling) || machine.any(State::kReady);
+  machine.release(State::kPolling);
+  if (!running && machine.any(State::kAtBarrier)) {
+    if (machine.any(State::kAtGrid) || machine.any(State::kAtCluster)) fail("threads of a block at different barriers");
+    machine.release(State::kAtBarrier);
+    running = true;
   }
   std::swap(static_cast<Block&>(machine), block);
-  return at_grid;
+  return running;
+}
+
+// What a block that is done has under way would go astray.
+inline void check_end(const Block& block) {
+  for (const auto& [barrier, its] : block.mbarriers)
+    if (!its.copies.empty() || its.bytes != 0) fail("a copy that nobody waited for");
+  for (const auto& [barrier, its] : block.named_barriers)
+    if (its.arrived != 0) fail("a barrier that not all came to");
+  for (const Warp& warp : block.warps)
+    if (warp.groups.size() > 1 || !warp.groups.back().empty() || !warp.busy.empty())
+      fail("a product that nobody waited for");
+  for (const Thread& thread : block.threads)
+    for (const auto& group : thread.groups)
+      if (!group.empty()) fail("a cp.async that nobody waited for");
+}
+
+// Runs the blocks of a cluster to their end, or to where they wait for the grid: true.
+inline bool run_cluster(std::vector<Block*> blocks) {
+  for (Block* block : blocks) block->release(State::kAtGrid);
+  auto any = [&](State state) {
+    return std::any_of(blocks.begin(), blocks.end(), [=](const Block* block) { return block->any(state); });
+  };
+  for (bool running = true; running;) {
+    std::shuffle(blocks.begin(), blocks.end(), machine.random);
+    machine.moved = false;
+    running = false;
+    for (Block* block : blocks) running = run_block(*block) || running;
+    if (running && !machine.moved) fail("threads wait for each other for ever");
+    if (running || !any(State::kAtCluster)) continue;
+    if (any(State::kAtGrid)) fail("threads of a cluster at different barriers");
+    for (Block* block : blocks) block->release(State::kAtCluster);
+    running = true;
+  }
+  if (any(State::kAtGrid)) return true;
+  for (const Block* block : blocks) check_end(*block);
+  return false;
+}
+
+// A block of the running one's cluster.
+inline Block& of_cluster(unsigned rank) {
+  if (rank == machine.cluster_rank()) return machine;
+  if (rank >= machine.cluster.size()) fail("a block that the cluster has not");
+  Block& block = *machine.cluster[rank];
+  if (std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& t) { return t.state == State::kDone; }))
+    fail("a block of the cluster that has left");
+  return block;
 }
 
 // Every lane brings its arguments; the last to come carries the instruction out for all.
@@ -289,40 +347,53 @@ inline unsigned char* at_shared(uint32_t address, uint32_t bytes) {
 #define blockDim (dim3{unsigned(emulator::machine.threads.size()), 1, 1})
 #define gridDim (emulator::machine.grid)
 
-inline void __syncthreads() { emulator::wait_as(emulator::State::kAtBarrier); }
+inline void __syncthreads(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
+  emulator::wait_as(emulator::State::kAtBarrier);
+}
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }
 
 namespace mio_ext {
 
-// together: blocks may wait for each other.
+// together: blocks may wait for each other. cluster: so many along x are one.
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void*, const Params& params,
-            bool together = false) {
+            bool together = false, int cluster = 1) {
   emulator::Machine& m = emulator::machine;
   m.grid = grid;
   m.body = [&] { kernel(params); };
-  std::vector<unsigned> order(grid.x * grid.y * grid.z);
+  const unsigned each = unsigned(cluster);
+  if (grid.x % each != 0) emulator::fail("a grid that clusters do not fill");
+  std::vector<unsigned> order(grid.x * grid.y * grid.z / each);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
-  auto block = [&](unsigned i) {
-    const dim3 index{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-    return std::make_unique<emulator::Block>(unsigned(threads), size_t(shared_bytes), index);
+  using Cluster = std::vector<std::unique_ptr<emulator::Block>>;
+  auto start = [&](unsigned first) {
+    Cluster blocks;
+    for (unsigned i = first; i < first + each; ++i) {
+      const dim3 index{i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+      blocks.push_back(std::make_unique<emulator::Block>(unsigned(threads), size_t(shared_bytes), index));
+    }
+    return blocks;
   };
-  std::vector<std::unique_ptr<emulator::Block>> waiting(order.size());
+  std::vector<Cluster> waiting(order.size());
   for (size_t left = order.size(); left > 0;) {
     std::shuffle(order.begin(), order.end(), m.random);
     for (unsigned i : order) {
-      if (!waiting[i]) waiting[i] = block(i);
-      if (emulator::run_block(*waiting[i])) {
+      if (waiting[i].empty()) waiting[i] = start(i * each);
+      std::vector<emulator::Block*> blocks;
+      for (const auto& block : waiting[i]) blocks.push_back(block.get());
+      for (emulator::Block* block : blocks) block->cluster = blocks;
+      if (emulator::run_cluster(blocks)) {
         if (!together) emulator::fail("a barrier of the grid in an ordinary launch");
         continue;
       }
-      waiting[i].reset();
+      waiting[i].clear();
       --left;
     }
     order.clear();
     for (unsigned i = 0; i < waiting.size(); ++i)
-      if (waiting[i]) order.push_back(i);
+      if (!waiting[i].empty()) order.push_back(i);
     if (order.size() != left) emulator::fail("not all blocks are at the grid's barrier");
   }
 }

@@ -8,14 +8,17 @@ namespace mio_ext {
 
 // ---------------------------------------------------------------- matrix products
 
-inline void wgmma_fence() {
+inline void wgmma_fence(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::collective(nullptr, [](void**) { emulator::own_warp().fenced = true; });
 }
-inline void wgmma_commit() {
+inline void wgmma_commit(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::collective(nullptr, [](void**) { emulator::own_warp().groups.emplace_back(); });
 }
 template <int kOpenGroups>
-void wgmma_wait() {
+void wgmma_wait(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::pause();
   emulator::collective(nullptr, [](void**) {
     auto& groups = emulator::own_warp().groups;
@@ -107,25 +110,34 @@ void wgmma(T, float (&c)[N][4], const uint32_t (&a)[4], Descriptor b) {
 
 // ---------------------------------------------------------------- barriers and copies
 
-inline emulator::Mbarrier& mbarrier_at(uint32_t barrier) {
+inline emulator::Mbarrier& mbarrier_at(uint32_t barrier, emulator::Block& block = emulator::machine) {
   emulator::at_shared(barrier, 8);
-  auto found = emulator::machine.mbarriers.find(barrier);
-  if (found == emulator::machine.mbarriers.end()) emulator::fail("an mbarrier that was not initialised");
+  auto found = block.mbarriers.find(barrier);
+  if (found == block.mbarriers.end()) emulator::fail("an mbarrier that was not initialised");
   return found->second;
 }
-inline void mbarrier_init(uint32_t barrier, uint32_t count) {
+inline void mbarrier_init(uint32_t barrier, uint32_t count, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::at_shared(barrier, 8);
   emulator::machine.mbarriers[barrier] = emulator::Mbarrier(count);
 }
 inline void mbarrier_init_fence() {}
-inline void mbarrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
-  emulator::Mbarrier& b = mbarrier_at(barrier);
+inline void arrive(emulator::Mbarrier& b, uint32_t bytes) {
   if (++b.arrivals > b.count) emulator::fail("more arrivals at an mbarrier than it takes");
   b.bytes += bytes;
   b.settle();
 }
-inline void mbarrier_arrive(uint32_t barrier) { mbarrier_arrive_expecting(barrier, 0); }
-inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+inline void mbarrier_arrive_expecting(uint32_t barrier, uint32_t bytes, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
+  arrive(mbarrier_at(barrier), bytes);
+}
+inline void mbarrier_arrive(uint32_t barrier, MIO_PLACE) { mbarrier_arrive_expecting(barrier, 0, place); }
+inline void mbarrier_arrive_at(uint32_t barrier, uint32_t block, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
+  arrive(mbarrier_at(barrier, emulator::of_cluster(block)), 0);
+}
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   emulator::wait_until([&] {
     emulator::Mbarrier& b = mbarrier_at(barrier);
     if (b.phases % 2 != parity) return true;
@@ -139,22 +151,37 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     return b.phases % 2 != parity;
   });
 }
-inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+// Each block gets its bytes at a time of its own.
+inline void bulk_copy_to(uint16_t blocks, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) emulator::fail("a misaligned bulk copy");
-  unsigned char* target = emulator::at_shared(to, 16);
-  emulator::at_shared(to + bytes - 16, 16);
-  std::memset(target, 0xff, bytes);
-  mbarrier_at(barrier).copies.push_back([=] { return std::memcpy(target, from, bytes), int64_t(bytes); });
+  emulator::at_shared(to, 16), emulator::at_shared(to + bytes - 16, 16);
+  for (uint32_t rank = 0; blocks >> rank != 0; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    emulator::Block& block = emulator::of_cluster(rank);
+    unsigned char* target = block.shared + to;
+    std::memset(target, 0xff, bytes);
+    mbarrier_at(barrier, block).copies.push_back([=] { return std::memcpy(target, from, bytes), int64_t(bytes); });
+  }
+}
+inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, MIO_PLACE) {
+  bulk_copy_to(uint16_t(1u << emulator::machine.cluster_rank()), to, from, bytes, barrier, place);
+}
+inline void sync_cluster(MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
+  emulator::wait_as(emulator::State::kAtCluster);
 }
 
-inline void barrier_arrive(int barrier, int threads) {
+inline void barrier_arrive(int barrier, int threads, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   auto& named = emulator::machine.named_barriers[barrier];
   if (++named.arrived == threads) named.arrived = 0, ++named.passes;
 }
-inline void barrier_wait(int barrier, int threads) {
+inline void barrier_wait(int barrier, int threads, MIO_PLACE) {
+  MIO_MAY_BE_LEFT_OUT;
   auto& named = emulator::machine.named_barriers[barrier];
   const int passes = named.passes;
-  barrier_arrive(barrier, threads);
+  barrier_arrive(barrier, threads, place);
   emulator::wait_until([&] { return named.passes != passes; });
 }
 

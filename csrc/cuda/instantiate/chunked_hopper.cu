@@ -6,9 +6,10 @@
 namespace mio_ext {
 
 template <class A>
-void LaunchChunkedHopper<A>::logits(const ChunkLogits& in, int multiprocessors, Stream stream) {
-  launch(in.rows.ids ? chunk_hopper_kernel<A, true> : chunk_hopper_kernel<A, false>, dim3(multiprocessors),
-         WideTile::kThreads + WideTile::kProducerThreads, WideTile::kSharedBytes, stream, in);
+void LaunchChunkedHopper<A>::logits(const ChunkLogits& in, int blocks, Stream stream) {
+  launch(in.rows.ids ? chunk_hopper_kernel<A, true> : chunk_hopper_kernel<A, false>, dim3(blocks),
+         WideTile::kThreads + WideTile::kProducerThreads, WideTile::kSharedBytes, stream, in, false,
+         WideTile::kCluster);
 }
 
 template struct LaunchChunkedHopper<Bf16>;
