@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds mio_ext._C: `python setup.py build_ext` (in place), in any environment that has torch.
+"""Builds libmio_ext.so, libmio_ext_cuda.so and mio_ext._C: `python setup.py build_ext` (in place), in any environment
+that has torch.
+
+The libraries hold the ops, on torch's stable ABI and without Python symbols: they serve every torch from 2.10 on. The
+module _C tells `python -m mio_ext` more of the build and is left out where MIO_WHEEL=1 (make wheel) makes one wheel for
+every Python.
 
 CUDA kernels are built where there is a CUDA toolkit of torch's version, with a GPU or without; FORCE_CUDA=0 leaves
 them out, FORCE_CUDA=1 fails where they cannot be built, FORCE_CUDA=gpu builds them where a GPU is visible or an
@@ -31,7 +36,8 @@ if "CUDA_HOME" not in os.environ:  # an nvcc on PATH may be a script far from it
     if nvcc is None or not (Path(nvcc).resolve().parents[1] / "include" / "cuda_runtime.h").exists():
         os.environ.update({"CUDA_HOME": "/usr/local/cuda"} if Path("/usr/local/cuda/bin/nvcc").exists() else {})
 
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from setuptools.command.bdist_wheel import bdist_wheel
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, include_paths
 
 ROOT = Path(__file__).parent
 HEADERS = sorted(str(p.relative_to(ROOT)) for pattern in ("**/*.h", "**/*.cuh") for p in ROOT.glob(f"csrc/{pattern}"))
@@ -39,6 +45,11 @@ HEADERS = sorted(str(p.relative_to(ROOT)) for pattern in ("**/*.h", "**/*.cuh") 
 CONFIGURATION = ROOT / "build" / "configuration.json"
 #: Machine code for these, and PTX of the first for whatever comes later. 9.0a has instructions that nothing else has.
 ARCHITECTURES = "8.0+PTX;9.0a"
+#: The oldest torch whose stable ABI the libraries may use, as torch/csrc/stable/version.h writes it.
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+#: One wheel for every Python and torch. What it links against must be as old: benchmarks/wheel_symbols.py checks.
+WHEEL = os.environ.get("MIO_WHEEL") == "1"
+WHEEL_TAG = ("py3", "none", "manylinux_2_28_x86_64")
 
 
 def sources(*patterns: str) -> list[str]:
@@ -84,19 +95,63 @@ def last_configuration() -> dict[str, object]:
     return content
 
 
-# OpenMP is torch's thread pool; no -march: the kernel picks its instruction set at run time; -g0: Python's own flags
-# ask for debug symbols, nine tenths of the file.
-flags = {"cxx": ["-O3", "-g0", "-fopenmp", "-Wall", "-Wno-psabi"]}
+class Build(BuildExtension):
+    """Libraries are no Python modules: their names carry no Python version."""
+
+    def get_ext_filename(self, name: str) -> str:
+        if name.split(".")[-1].startswith("lib"):
+            return name.replace(".", "/") + ".so"
+        return str(super().get_ext_filename(name))
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return WHEEL_TAG if WHEEL else super().get_tag()
+
+
+# No -march: the kernel picks its instruction set at run time; -g0: Python's own flags ask for debug symbols, nine
+# tenths of the file. Nothing is visible: what is registered is found through torch.
+version = (ROOT / "mio_ext" / "version.py").read_text().split('"')[1]
+cxx = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden", TARGET, f'-DMIO_VERSION="{version}"']
+link = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
 obstacle = without_cuda()
 if obstacle is None:
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-    flags["cxx"].append(f'-DMIO_WITH_CUDA="{architectures}"')
-    flags["nvcc"] = ["-O3", *(["-DMIO_HOPPER"] if "9.0a" in architectures else [])]
-    kind, files = CUDAExtension, sources("*.cpp", "cpu/*.cpp", "cuda/*.cpp", "cuda/**/*.cu")
-else:
-    kind, files = CppExtension, sources("*.cpp", "cpu/*.cpp")
+    cxx += [f'-DMIO_WITH_CUDA="{architectures}"', "-DUSE_CUDA"]
+nvcc = ["-O3", "-Xcompiler", "-fvisibility=hidden", *(["-DMIO_HOPPER"] if "9.0a" in str(cxx) else [])]
 
-configuration = {"python": sys.version, "torch": torch.__version__, "sources": files, **flags}
+
+def library(name: str, files: list[str], **options: object) -> setuptools.Extension:
+    """Without Python: py_limited_api keeps torch_python out of what is linked."""
+    return CppExtension(
+        f"mio_ext.{name}",
+        files,
+        depends=[*HEADERS, str(CONFIGURATION.relative_to(ROOT))],
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
+        py_limited_api=True,
+        **options,
+    )
+
+
+extensions = [library("libmio_ext", sources("ops.cpp", "old_symbols.cpp", "cpu/*.cpp"))]
+if obstacle is None:
+    # Its own CUDA runtime, so that it runs beside torch's of any version.
+    cuda = {
+        "include_dirs": [p for p in include_paths("cuda") if p not in include_paths()],
+        "library_dirs": [f"{CUDA_HOME}/lib64"],
+        "libraries": ["torch_cuda", "cudart_static", "dl", "rt", "pthread"],
+    }
+    files = sources("old_symbols.cpp", "cuda/*.cpp", "cuda/**/*.cu")
+    extensions.append(library("libmio_ext_cuda", files, **cuda))
+if not WHEEL:
+    diagnostics = CppExtension("mio_ext._C", ["csrc/bindings.cpp", "csrc/cpu/machine.cpp"])
+    diagnostics.depends, diagnostics.extra_link_args = HEADERS, link
+    diagnostics.extra_compile_args = {"cxx": [flag for flag in cxx if flag != TARGET]}  # it names torch's version
+    extensions.append(diagnostics)
+
+configuration = {"python": sys.version, "torch": torch.__version__, "cxx": cxx, "link": link}
+configuration |= {"nvcc": nvcc} if obstacle is None else {}
 if configuration != last_configuration():
     if obstacle:
         print(f"mio_ext: building without the CUDA kernels: {obstacle}", file=sys.stderr)
@@ -104,14 +159,8 @@ if configuration != last_configuration():
     CONFIGURATION.write_text(json.dumps(configuration, indent=1) + "\n")
 
 setuptools.setup(
-    ext_modules=[
-        kind(
-            "mio_ext._C",
-            files,
-            depends=[*HEADERS, str(CONFIGURATION.relative_to(ROOT))],
-            extra_compile_args=flags,
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-    options={"build_ext": {"inplace": True}},
+    version=version,
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    options={"build_ext": {"inplace": not WHEEL}},
 )

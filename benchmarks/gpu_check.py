@@ -22,7 +22,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -88,7 +87,7 @@ def without(*programs: str) -> Callable[[], str | None]:
 
 def parts(capability: str, output: Path) -> list[Part]:
     """All of them, in order, for a GPU of this compute capability."""
-    return [*correctness(capability, output), *speed(capability, output), bfloat16_on_amx(output), *sanitizers(output)]
+    return [*correctness(capability, output), *speed(capability, output), *sanitizers(output)]
 
 
 def correctness(capability: str, output: Path) -> list[Part]:
@@ -165,24 +164,6 @@ def speed(capability: str, output: Path) -> list[Part]:
     needs = without("module:torchvision", "module:sklearn", "module:safetensors")
     found.append(Part("training", "three epochs on digits, with k-NN", 55, tuple(train), missing=needs))
     return found
-
-
-def bfloat16_on_amx(output: Path) -> Part:
-    """The CPU kernel with its own product and with oneDNN's: which should be the default where there is AMX?"""
-    cases = ["siglip:1024:768", "siglip:4096:768", "mio:4096:128", "mio:16384:128"]
-    command = [sys.executable, "benchmarks/loss.py", "--cases", *(f"{case}:bfloat16" for case in cases)]
-    command += ["--contenders", "mio_ext cpu", "eager", "--seconds", "0.3", "--budget", "22"]
-    runs = [
-        f"MIO_CPU_ISA={isa} {shlex.join([*command, '--output', str(output / f'cpu-{isa}.json')])}"
-        for isa in ("avx512bf16", "onednn")
-    ]
-
-    def no_amx() -> str | None:
-        return None if "amx_bf16" in Path("/proc/cpuinfo").read_text() else "no amx_bf16"
-
-    what = "bfloat16 on the host, its products ours and oneDNN's"
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    return Part("cpu-bfloat16", what, 55, ("sh", "-c", " && ".join(runs)), hidden, no_amx)
 
 
 def sanitizers(output: Path) -> list[Part]:

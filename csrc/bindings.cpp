@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module mio_ext._C: importing it registers the ops; its functions are what
-// `python -m mio_ext` reports about the build.
+// The Python module mio_ext._C: what `python -m mio_ext` tells of a build beyond what is needed. The ops do without it,
+// and a wheel for every Python has none.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>

@@ -1,21 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schemas of mio_ext's ops, and the contract behind them. Implementations register themselves in csrc/<device>/;
-// the fake implementation is in mio_ext/ops.py, the gradient in csrc/autograd.h.
-#include <torch/library.h>
-
+// the fake implementation is in mio_ext/ops.py, the gradient in mio_ext/gradient.py.
 #include <string>
 
-#include "autograd.h"
 #include "call.h"
 
 namespace mio_ext {
 namespace {
 
 void only_check(const Call&) {}  // from_dispatcher() has
+std::string version() { return MIO_VERSION; }
 
 }  // namespace
 
-TORCH_LIBRARY(mio_ext, m) {
+MIO_LIBRARY(MIO_OPS, m) {
   // Eq. (11)-(12) of mio_ext/reference.py, its gradients and its statistics in one pass.
   //
   // y: None means y = x; the gradient of both roles is then in dx.
@@ -28,6 +26,8 @@ TORCH_LIBRARY(mio_ext, m) {
   //     A scale a that is not positive and finite makes the loss NaN. w_l must be 0 without normalize.
   // needs_grad: for x, y and params; what requires a gradient gets one anyway.
   // x2: more rows of x, which follow its own; M, ids and dx are of all of them.
+  // tf32: on a GPU products of float32 may be TF32's, as torch.set_float32_matmul_precision() says; the stable ABI has
+  //     no getter for that.
   //
   // loss, dparams [6]: float32, float64 for float64 inputs. dx [M, D], dy [K, D]: the same, so that a
   //     16-bit gradient is rounded once, after grad_output; empty where not needed.
@@ -38,15 +38,16 @@ TORCH_LIBRARY(mio_ext, m) {
   m.def(("pairwise_bce_triton" + arguments + kOutputs).c_str());
   // What every implementation asks of its arguments, for those that are not in C++.
   m.def(("check_inputs" + arguments + "()").c_str());
+  // out += a b, in out's type. mio_ext/ops.py has it, for csrc/cuda/host.h: the stable ABI cannot call
+  // addmm, which takes two Scalars.
+  m.def("add_product(Tensor(a!) out, Tensor a, Tensor b) -> ()");
+  // Of the package that this library was built in.
+  m.def("version() -> str");
 }
 
-constexpr char kOp[] = "mio_ext::pairwise_bce", kTriton[] = "mio_ext::pairwise_bce_triton";
-
-TORCH_LIBRARY_IMPL(mio_ext, Autograd, m) {
-  m.impl("pairwise_bce", differentiable<kOp>);
-  m.impl("pairwise_bce_triton", differentiable<kTriton>);
+MIO_LIBRARY_IMPL(MIO_OPS, CompositeExplicitAutograd, m) {
+  m.impl("check_inputs", TORCH_BOX(&from_dispatcher<only_check>));
+  m.impl("version", TORCH_BOX(&version));
 }
-
-TORCH_LIBRARY_IMPL(mio_ext, CompositeExplicitAutograd, m) { m.impl("check_inputs", from_dispatcher<only_check>); }
 
 }  // namespace mio_ext

@@ -7,8 +7,8 @@ from .losses import mio_loss, siglip_loss
 from .micro_batches import backward_in_micro_batches
 from .modules import MIOLoss, SigLIPLoss
 from .reference import PairStats
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "MIOLoss",
     "PairStats",

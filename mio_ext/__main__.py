@@ -11,25 +11,27 @@ import sys
 
 import torch
 
-from . import __version__, backends, selfcheck
+from . import __version__, backends, library, selfcheck
 
 
 def report() -> None:
     triton = "present" if importlib.util.find_spec("triton") else "not installed"
     print(f"mio_ext {__version__}, torch {torch.__version__}, triton {triton}, Python {platform.python_version()}")
-    extension = backends.extension
-    if extension is None:
+    known = library.diagnostics
+    if library.failure is not None:
         print("extension: not built")
+    elif known is None:  # a wheel's
+        print(f"extension: loaded, no more is known; {torch.get_num_threads()} threads")
     else:
-        sets = extension.cpu_instruction_sets()
-        print(f"extension: built with {extension.compiler}")
-        print(f"CPU kernel: {extension.cpu_instruction_set()} of {', '.join(sets)}; {torch.get_num_threads()} threads")
-        print(f"CUDA kernels: {extension.cuda or 'not built'}")
+        sets = known.cpu_instruction_sets()
+        print(f"extension: built with {known.compiler}")
+        print(f"CPU kernel: {known.cpu_instruction_set()} of {', '.join(sets)}; {torch.get_num_threads()} threads")
+        print(f"CUDA kernels: {known.cuda or 'not built'}")
     print("backends:")
     for backend in backends.BACKENDS:
         print(f"  {backend:<10} {backends.unavailable_reason(backend) or 'available'}")
     print("backend='auto' takes:")
-    print(f"  cpu        {'cpu' if extension is not None else 'nothing: build the extension'}")
+    print(f"  cpu        {'cpu' if library.failure is None else 'nothing: build the extension'}")
     for i in range(torch.cuda.device_count()):
         found: dict[backends.Choice, list[str]] = {}
         for cell in backends.CELLS:

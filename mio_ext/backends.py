@@ -9,20 +9,15 @@ one warning. Nothing here reads a tensor's value, and nothing is tried out insid
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-extension: Any = None
-try:
-    extension = importlib.import_module("mio_ext._C")  # registers the op's schema and C++ kernels
-except ImportError as error:
-    _import_error = error
+from . import library
 
 #: Triton is imported only when asked for, and looked for only here: torch.compile of 2.11 cannot trace find_spec.
 _has_triton = importlib.util.find_spec("triton") is not None
@@ -60,21 +55,16 @@ class Choice(NamedTuple):
 
 def unavailable_reason(backend: str) -> str | None:
     """Why ``backend`` cannot run here, in one sentence; None if it can."""
-    if backend != "reference" and extension is None:
-        if isinstance(_import_error, ModuleNotFoundError):
-            return f"the extension is not built ({_import_error}); run: python setup.py build_ext"
-        return (
-            f"the extension was built with another torch or Python and does not load ({_import_error}); "
-            "run: python setup.py build_ext --force"
-        )
+    if backend != "reference" and library.failure is not None:
+        return library.failure
     if backend == "triton":
         if not _has_triton:
             return "Triton is not installed"
         return None if torch.cuda.is_available() or interpreted() else "there is no CUDA GPU"
     if backend == "cuda":
-        if extension.cuda is None:
-            return "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext does it or says why"
-        return None if torch.cuda.is_available() else "there is no CUDA GPU"
+        if library.cuda_failure is not None:
+            return library.cuda_failure
+        return library.cuda_mismatch() if torch.cuda.is_available() else "there is no CUDA GPU"
     return None
 
 

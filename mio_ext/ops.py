@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op ``mio_ext::pairwise_bce`` as Python sees it: its call, its fake implementation, its rule for vmap.
 
-The schema is in csrc/ops.cpp, the gradient in csrc/autograd.h, the arithmetic in csrc/cpu/sweep.h; backends.py says
+The schema is in csrc/ops.cpp, the gradient in gradient.py, the arithmetic in csrc/cpu/sweep.h; backends.py says
 which implementation runs. That of its Triton twin ``mio_ext::pairwise_bce_triton`` is in triton/pairwise_bce.py,
 imported when first called.
 """
@@ -15,11 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, gradient, library, reference
 from .checks import Number, loss_dtype
-
-#: csrc/autograd.h asks for the gradients that are due.
-NO_GRAD = [False, False, False]
 
 
 class Call(NamedTuple):
@@ -37,6 +34,7 @@ class Call(NamedTuple):
     normalize: bool
     needs_grad: list[bool]
     x2: Tensor | None = None
+    tf32: bool = False
 
 
 def pairwise_bce(
@@ -89,10 +87,20 @@ def pairwise_bce(
     # A compiled graph would be specialised on constants, and weights change with the batch size.
     if torch.compiler.is_compiling() or not all(type(n) is float for n in constants):
         params, constants = _as_tensor(constants, x), []
-    op = torch.ops.mio_ext.pairwise_bce_triton if backend == "triton" else torch.ops.mio_ext.pairwise_bce
-    call = Call(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, NO_GRAD, x2)
-    loss, stats, *_ = op.default(*call)
-    return loss, stats
+    op = (library.ops().pairwise_bce_triton if backend == "triton" else library.ops().pairwise_bce).default
+    needs = [False, False, False]  # gradient.py asks for the gradients that are due
+    tf32 = x.dtype == torch.float32 and _takes_tf32(backend)
+    call = Call(x, y, x_ids, y_ids, params, constants, shift, offset, exclude_self, normalize, needs, x2, tf32)
+    if gradient.is_transformed():
+        loss, stats, *_ = op(*call)
+        return loss, stats
+    return gradient.call(op, call)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _takes_tf32(backend: str) -> bool:
+    """What torch.set_float32_matmul_precision() sets too; its getter fails once someone has set this one."""
+    return backend == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -129,7 +137,7 @@ def _batched(name: str) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int, ..
     """For torch.func.vmap: a call for each member of the batch, for the op has no such dimension."""
 
     def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        op = getattr(torch.ops.mio_ext, name).default
+        op = getattr(library.ops(), name).default
         calls = []
         for i in range(info.batch_size):
             members = (a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True))
@@ -139,15 +147,28 @@ def _batched(name: str) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int, ..
     return rule
 
 
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, in out's type, which for 16-bit operands is float32."""
+    with torch.no_grad():
+        if a.dtype == out.dtype:
+            torch.addmm(out, a, b, out=out)
+        elif a.is_cuda:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:  # the CPU has no such product
+            torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
+
+
 def _run_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton.pairwise_bce import pairwise_bce
 
     return pairwise_bce(*arguments)
 
 
-if backends.extension is not None:
-    _library: Any = torch.library.Library("mio_ext", "IMPL")  # type: ignore[no-untyped-call]
+if library.failure is None:
+    _library: Any = torch.library.Library(library.NAMESPACE, "IMPL")  # type: ignore[no-untyped-call]
     _library.impl("pairwise_bce_triton", _run_triton, "CPU" if backends.interpreted() else "CUDA")
+    _library.impl("add_product", add_product, "CompositeExplicitAutograd")
     for _op in ("pairwise_bce", "pairwise_bce_triton"):
-        torch.library.register_fake(f"mio_ext::{_op}", _fake)
-        torch.library.register_vmap(f"mio_ext::{_op}", _batched(_op))
+        gradient.register(_library, _op)
+        torch.library.register_fake(f"{library.NAMESPACE}::{_op}", _fake)
+        torch.library.register_vmap(f"{library.NAMESPACE}::{_op}", _batched(_op))

@@ -49,7 +49,7 @@ def key(device: torch.device) -> dict[str, str]:
 def _hash_of_the_code() -> str:
     """Of the extension and everything of ours in Python."""
     here = Path(__file__).parent
-    files = sorted({*here.rglob("*.py"), *here.glob("_C*.so")})
+    files = sorted({*here.rglob("*.py"), *here.glob("*.so")})
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.paths import RESULTS, ROOT, SCRATCH
-from mio_ext import __version__, backends
+from mio_ext import __version__, library
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "siglip-kernel", "lightly")
 
@@ -71,7 +71,7 @@ def facts(device: str) -> dict[str, Any]:
         head |= {"cuda": torch.version.cuda, "host": f"{os.cpu_count()} × {processor()}"}
     else:
         head |= {"device": processor(), "driver": f"{platform.system()} {platform.release()}"}
-        head |= {"threads": torch.get_num_threads(), "instruction_set": backends.extension.cpu_instruction_set()}
+        head |= {"threads": torch.get_num_threads(), "instruction_set": library.diagnostics.cpu_instruction_set()}
     versions = {"python": platform.python_version(), "mio_ext": __version__}
     return head | {"versions": versions | {p: v for p in PACKAGES if (v := version(p))}}
 

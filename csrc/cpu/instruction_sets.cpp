@@ -1,28 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiles the CPU kernel once per instruction set and picks one when the program runs.
+// Compiles the CPU kernel once per instruction set and runs the one that machine.cpp picks.
 #include "buffers.h"
 #include "pairwise_bce_cpu.h"
 #include "schedule.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <mutex>
-#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
-// GCC compiles parts of a file for other targets than the rest; clang ignores the pragma for that.
-#if defined(__x86_64__) && !defined(__clang__)
-#define MIO_X86_TARGETS
+#if defined(MIO_X86_TARGETS)
 #include <immintrin.h>
 #endif
 
 namespace mio_ext {
-
-PairProduct library_product = nullptr;
-static PairProduct library_product_in_use();  // nullptr: none
 
 // Ids of any size become small numbers, equal where the ids are: a vector lane holds one.
 class Ranks {
@@ -84,50 +77,13 @@ class Ranks {
 
 namespace mio_ext {
 
-std::vector<std::string> cpu_instruction_sets() {
-  std::vector<std::string> names;
-#if defined(MIO_X86_TARGETS)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw")) {
-    if (__builtin_cpu_supports("avx512bf16")) {
-      names.push_back("avx512bf16");
-      if (library_product) names.push_back("onednn");
-    }
-    names.push_back("avx512");
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
-#endif
-  names.push_back("portable");
-  return names;
-}
-
-namespace {
-
-// The best this machine has, or MIO_CPU_ISA where it is set to something the machine can run.
-const std::string& chosen() {
-  static const std::string name = [] {
-    const std::vector<std::string> names = cpu_instruction_sets();
-    const char* wish = std::getenv("MIO_CPU_ISA");
-    if (wish == nullptr) return names.front();
-    for (const std::string& n : names)
-      if (n == wish) return n;
-    throw std::runtime_error(std::string("MIO_CPU_ISA: this machine cannot run \"") + wish + "\"");
-  }();
-  return name;
-}
-
-}  // namespace
-
-static PairProduct library_product_in_use() { return chosen() == "onednn" ? library_product : nullptr; }
-
-std::string cpu_instruction_set() { return chosen(); }
-
 template <typename T>
 PairSums pairwise_bce_on_threads(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel) {
 #if defined(MIO_X86_TARGETS)
-  if (chosen() == "avx512bf16" || chosen() == "onednn") return avx512bf16::run(problem, threads, parallel);
-  if (chosen() == "avx512") return avx512::run(problem, threads, parallel);
-  if (chosen() == "avx2") return avx2::run(problem, threads, parallel);
+  const std::string& chosen = cpu_instruction_set();
+  if (chosen == "avx512bf16") return avx512bf16::run(problem, threads, parallel);
+  if (chosen == "avx512") return avx512::run(problem, threads, parallel);
+  if (chosen == "avx2") return avx2::run(problem, threads, parallel);
 #endif
   return portable::run(problem, threads, parallel);
 }

@@ -1,12 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU implementation of the op: allocate, run the kernel, round to the op's types.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "../call.h"
 #include "pairwise_bce_cpu.h"
@@ -14,84 +10,65 @@
 namespace mio_ext {
 namespace {
 
-using at::Tensor;
-
 void parallel_on_torch_threads(int n, const std::function<void(int)>& body) {
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
   });
 }
-
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
-void product_by_onednn(int64_t m, int64_t n, int64_t k, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                       float* c, int64_t ldc, bool accumulate) {
-  at::native::cpublas::brgemm(m, n, 2 * k, 2 * lda, ldb, ldc, accumulate, reinterpret_cast<const at::BFloat16*>(a),
-                              reinterpret_cast<const at::BFloat16*>(b), c);
-}
-[[maybe_unused]] const bool known = (library_product = product_by_onednn, true);
-
-// A thread's first product on AMX takes the tiles; they must be given back before anybody else wants them.
-void parallel_with_onednn(int n, const std::function<void(int)>& body) {
-  TORCH_CHECK(at::globalContext().userEnabledMkldnn(),
-              "pairwise_bce: MIO_CPU_ISA=onednn, but torch.backends.mkldnn is disabled");
-  parallel_on_torch_threads(n, [&](int i) {
-    body(i);
-    at::native::cpublas::brgemm_release();
-  });
-}
-#else
-constexpr auto parallel_with_onednn = parallel_on_torch_threads;
-#endif
 
 double positive_or_nan(double scale) {
   return scale > 0 && scale < std::numeric_limits<double>::infinity() ? scale
                                                                       : std::numeric_limits<double>::quiet_NaN();
 }
 
+template <typename T>
 LossParams loss_params(const Call& call) {
   double v[6];
-  const Tensor numbers = call.params ? call.params->to(at::kDouble).contiguous() : Tensor();
-  std::copy_n(call.params ? numbers.const_data_ptr<double>() : call.constants.data(), 6, v);
+  if (call.params)
+    for (int i = 0; i < 6; ++i) v[i] = call.params->const_data_ptr<T>()[i * call.params->stride(0)];
+  else
+    std::copy_n(call.constants.data(), 6, v);
   return {positive_or_nan(v[0]), positive_or_nan(v[1]), v[2], v[3], v[4], v[5]};
 }
 
 template <typename T>
 Outputs run(const Call& call) {
-  constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-  auto dense = [](const Tensor& t) { return t.to(type).contiguous(); };
-  const Tensor x = dense(call.x), x2 = call.x2 ? dense(*call.x2) : Tensor(), y = call.y ? dense(*call.y) : Tensor();
-  const Tensor x_ids = call.x_ids ? call.x_ids->contiguous() : Tensor();
-  const Tensor y_ids = call.y_ids ? call.y_ids->contiguous() : Tensor();
+  static constexpr ScalarType type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+  auto dense = [](const Tensor& t) { return packed(t.scalar_type() == type ? t : torch::stable::to(t, type)); };
+  const Tensor x = dense(call.x);
+  const std::optional<Tensor> x2 = map(call.x2, dense), y = map(call.y, dense);
+  const std::optional<Tensor> x_ids = map(call.x_ids, packed), y_ids = map(call.y_ids, packed);
 
-  auto wanted = [](bool needs, at::IntArrayRef sizes) { return at::empty(needs ? sizes : at::IntArrayRef{0}, type); };
-  Tensor dx = wanted(call.needs_grad[0], {call.m(), call.d()}), dy = wanted(call.needs_grad[1], {call.k(), call.d()});
-  Tensor dparams = wanted(call.needs_grad[2], {6}), loss = at::empty({}, type), stats = at::empty({8}, at::kDouble);
+  const auto& needs = call.needs_grad;
+  auto made = [&](std::initializer_list<int64_t> sizes) { return empty(sizes, type, call.x); };
+  const Tensor dx = needs[0] ? made({call.m(), call.d()}) : made({0});
+  const Tensor dy = needs[1] ? made({call.k(), call.d()}) : made({0});
+  const Tensor dparams = made({needs[2] ? 6 : 0}), loss = made({}), stats = empty({8}, ScalarType::Double, call.x);
 
   PairwiseBCE<T> problem{};
   problem.x = x.const_data_ptr<T>();
-  problem.x2 = call.x2 ? x2.const_data_ptr<T>() : nullptr;
+  problem.x2 = x2 ? x2->const_data_ptr<T>() : nullptr;
   problem.x_rows = call.x.size(0);
-  problem.y = call.y ? y.const_data_ptr<T>() : nullptr;
-  problem.x_ids = call.x_ids ? x_ids.const_data_ptr<int64_t>() : nullptr;
-  problem.y_ids = call.y_ids ? y_ids.const_data_ptr<int64_t>() : nullptr;
+  problem.y = y ? y->const_data_ptr<T>() : nullptr;
+  problem.x_ids = x_ids ? x_ids->const_data_ptr<int64_t>() : nullptr;
+  problem.y_ids = y_ids ? y_ids->const_data_ptr<int64_t>() : nullptr;
   problem.m = call.m();
   problem.k = call.k();
   problem.d = call.d();
   problem.shift = call.shift;
   problem.offset = call.offset;
   problem.exclude_self = call.exclude_self;
-  problem.bfloat16 = call.x.scalar_type() == at::kBFloat16;
+  problem.bfloat16 = call.x.scalar_type() == ScalarType::BFloat16;
   problem.normalize = call.normalize;
-  problem.params = loss_params(call);
-  problem.dx = call.needs_grad[0] ? dx.mutable_data_ptr<T>() : nullptr;
-  problem.dy = call.needs_grad[1] ? dy.mutable_data_ptr<T>() : nullptr;
+  problem.params = loss_params<T>(call);
+  problem.dx = needs[0] ? dx.mutable_data_ptr<T>() : nullptr;
+  problem.dy = needs[1] ? dy.mutable_data_ptr<T>() : nullptr;
 
-  const auto parallel = cpu_instruction_set() == "onednn" ? parallel_with_onednn : parallel_on_torch_threads;
-  const PairSums sums = pairwise_bce_cpu(problem, at::get_num_threads(), parallel);
+  const PairSums sums = pairwise_bce_cpu(problem, int(torch::stable::get_num_threads()), parallel_on_torch_threads);
 
   *loss.mutable_data_ptr<T>() = T(problem.params.loss(sums));
   sums.statistics(stats.mutable_data_ptr<double>());
-  if (call.needs_grad[2]) {
+  if (needs[2]) {
     double gradient[6];
     problem.params.gradient(sums, gradient);
     std::copy_n(gradient, 6, dparams.mutable_data_ptr<T>());
@@ -100,11 +77,11 @@ Outputs run(const Call& call) {
 }
 
 Outputs pairwise_bce(const Call& call) {
-  return call.loss_type() == at::kDouble ? run<double>(call) : run<float>(call);
+  return call.loss_type() == ScalarType::Double ? run<double>(call) : run<float>(call);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mio_ext, CPU, m) { m.impl("pairwise_bce", from_dispatcher<pairwise_bce>); }
+MIO_LIBRARY_IMPL(MIO_OPS, CPU, m) { m.impl("pairwise_bce", TORCH_BOX(&from_dispatcher<pairwise_bce>)); }
 
 }  // namespace mio_ext

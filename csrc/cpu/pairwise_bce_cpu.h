@@ -8,6 +8,11 @@
 
 #include "../pairwise_bce.h"
 
+// GCC compiles parts of a file for other targets than the rest; clang ignores the pragma for that.
+#if defined(__x86_64__) && !defined(__clang__)
+#define MIO_X86_TARGETS
+#endif
+
 namespace mio_ext {
 
 // parallel(n, body) calls body(0) ... body(n - 1), on up to n threads, and returns when all have.
@@ -22,15 +27,8 @@ PairSums pairwise_bce_cpu(const PairwiseBCE<T>& problem, int threads, const Para
 template <typename T>
 PairSums pairwise_bce_on_threads(const PairwiseBCE<T>& problem, int threads, const ParallelFor& parallel);
 
-// c [m, n] (+)= a b, pairs of bfloat16 multiplied into float32 sums: a [m, k], b [k, n] in pairs along the sum. A
-// library's, which may know instructions that this code does not (AMX).
-using PairProduct = void (*)(int64_t m, int64_t n, int64_t k, const uint32_t* a, int64_t lda, const uint32_t* b,
-                             int64_t ldb, float* c, int64_t ldc, bool accumulate);
-extern PairProduct library_product;  // nullptr: there is none
-
-// Instruction sets this machine can run, best first, and the one in use (MIO_CPU_ISA overrides). "onednn" is
-// avx512bf16, with the library's product for pairs.
+// Instruction sets this machine can run, best first, and the one in use (MIO_CPU_ISA overrides).
 std::vector<std::string> cpu_instruction_sets();
-std::string cpu_instruction_set();
+const std::string& cpu_instruction_set();
 
 }  // namespace mio_ext

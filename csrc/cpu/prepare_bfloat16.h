@@ -36,22 +36,12 @@ struct PreparedBfloat16 : PreparedBase<float> {
 
   // A tile's derivative as pairs of columns and as pairs of rows.
   struct Scratch {
-    Buffer<Pair> columns, rows, transposed;  // the last for a library, which transposes nothing
-    int64_t columns_ld, rows_ld, transposed_ld;
+    Buffer<Pair> columns, rows;
+    int64_t columns_ld, rows_ld;
     void allocate(int64_t row_block, int64_t col_block) {
       columns_ld = odd_vectors(col_block / 2 + 1), rows_ld = odd_vectors(col_block);
       columns.allocate(row_block * columns_ld);
       rows.allocate((row_block / 2 + W) * rows_ld);  // whole vectors of pairs can be read
-      transposed_ld = odd_vectors(row_block / 2 + 1);
-      if (library_product_in_use()) transposed.allocate(col_block * transposed_ld);
-    }
-    // The first `pairs` and `cols` of `rows`, cols being whole vectors.
-    const Pair* transposed_rows(int64_t pairs, int64_t cols) {
-      for (int64_t j = 0; j < cols; j += W)
-        for (int64_t i = 0; i < pairs; i += W)
-          transpose(rows.data() + i * rows_ld + j, rows_ld, W, transposed.data() + j * transposed_ld + i,
-                    transposed_ld);
-      return transposed.data();
     }
   };
 
@@ -137,11 +127,7 @@ struct PreparedBfloat16 : PreparedBase<float> {
                      int64_t n, bool normalize, float* s, int64_t lds) {
     constexpr int64_t kPart = kFeatures / 2;
     const int64_t d = x.feature_pairs, n_padded = (n + kPanel<float> - 1) / kPanel<float> * kPanel<float>;
-    const PairProduct library = library_product_in_use();
-    for (int64_t j = 0; library && j < n_padded; j += kPanel<float>)
-      library(m, kPanel<float>, d, x.rows.data() + row0 * x.pair_ld, x.pair_ld, y.panels.data() + (col0 + j) * d,
-              kPanel<float>, s + j, lds, false);
-    for (int64_t c = 0; !library && c < d; c += kPart) {
+    for (int64_t c = 0; c < d; c += kPart) {
       auto product = c == 0 ? gemm<float, Pair, false, false> : gemm<float, Pair, false, true>;
       product(m, n_padded, d - c < kPart ? d - c : kPart, x.rows.data() + row0 * x.pair_ld + c, x.pair_ld,
               y.panels.data() + col0 * d + c * kPanel<float>, kPanel<float> * d, kPanel<float>, s, lds);
@@ -180,17 +166,10 @@ struct PreparedBfloat16 : PreparedBase<float> {
         columns[cols / 2] = columns[W * scratch.columns_ld + cols / 2] = means[0];
       }
     for (int64_t j = 0; j < cols; j += W) store(scratch.rows.data() + rows / 2 * scratch.rows_ld + j, means);
-    const PairProduct library = library_product_in_use();
-    if (dx && library)
-      library(m, y.width(), cols / 2 + 1, scratch.columns.data(), scratch.columns_ld, y.block_pairs(col0), y.ld,
-              x.gradient.data() + row0 * x.ld, x.ld, true);
-    else if (dx)
+    if (dx)
       gemm<float, Pair, false, true>(m, y.width(), cols / 2 + 1, scratch.columns.data(), scratch.columns_ld,
                                      y.block_pairs(col0), kPanel<float>, y.ld, x.gradient.data() + row0 * x.ld, x.ld);
-    if (dy && library)
-      library(n, x.width(), rows / 2 + 1, scratch.transposed_rows(rows / 2 + 1, cols), scratch.transposed_ld,
-              x.block_pairs(row0), x.ld, y.gradient.data() + col0 * y.ld, y.ld, true);
-    else if (dy)
+    if (dy)
       gemm<float, Pair, true, true>(n, x.width(), rows / 2 + 1, scratch.rows.data(), scratch.rows_ld,
                                     x.block_pairs(row0), kPanel<float>, x.ld, y.gradient.data() + col0 * y.ld, y.ld);
   }

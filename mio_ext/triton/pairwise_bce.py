@@ -18,7 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops import Call
+from .. import library
+from ..ops import Call, add_product
 from .chunked import finish_kernel, results_kernel, terms_kernel
 from .coefficients import COEFFICIENTS
 from .prepare import prepare_kernel
@@ -104,7 +105,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 def pairwise_bce(*arguments: Any) -> Outputs:
     """The op."""
-    torch.ops.mio_ext.check_inputs(*arguments)
+    library.ops().check_inputs(*arguments)
     call = Call(*arguments)
     if call.x2 is not None:
         call = call._replace(x=torch.cat([call.x, call.x2]))
@@ -298,12 +299,11 @@ def sweep_plan(m: int, k: int, bytes_a_split: int, tile: Tile, slots: int) -> Pl
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     """out (+)= a b, in out's type, which for 16-bit operands is float32."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    if accumulate:
+        add_product(out, a, b)
+    elif a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
     elif a.is_cuda:
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:  # the interpreter's machine has no such product
-        product_into(out, a.to(out.dtype), b.to(out.dtype), accumulate)
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)

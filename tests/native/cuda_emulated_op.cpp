@@ -2,9 +2,6 @@
 // The CUDA backend's host code on CPU tensors, with its kernels in cuda_emulator.h: mio_ext_emulated::portable is
 // mio_ext::pairwise_bce, with the smallest chunks and few multiprocessors; ::hopper takes the kernels for compute
 // capability 9.0 where there are such. tests/package/test_cuda.py builds it.
-#include <torch/library.h>
-
-#include "autograd.h"
 #include "cuda/host.h"
 
 namespace mio_ext {
@@ -19,19 +16,14 @@ Outputs emulated(const Call& call) {
 
 }  // namespace
 
-TORCH_LIBRARY(mio_ext_emulated, m) {
+STABLE_TORCH_LIBRARY(mio_ext_emulated, m) {
   const std::string schema = std::string(kArguments) + kOutputs;
   m.def(("portable" + schema).c_str());
   m.def(("hopper" + schema).c_str());
 }
-constexpr char kPortable[] = "mio_ext_emulated::portable", kHopperOp[] = "mio_ext_emulated::hopper";
-TORCH_LIBRARY_IMPL(mio_ext_emulated, Autograd, m) {
-  m.impl("portable", differentiable<kPortable>);
-  m.impl("hopper", differentiable<kHopperOp>);
-}
-TORCH_LIBRARY_IMPL(mio_ext_emulated, CPU, m) {
-  m.impl("portable", from_dispatcher<emulated<false>>);
-  m.impl("hopper", from_dispatcher<emulated<true>>);
+STABLE_TORCH_LIBRARY_IMPL(mio_ext_emulated, CPU, m) {
+  m.impl("portable", TORCH_BOX(&from_dispatcher<emulated<false>>));
+  m.impl("hopper", TORCH_BOX(&from_dispatcher<emulated<true>>));
 }
 
 }  // namespace mio_ext

@@ -2,10 +2,13 @@
 """What building says where something is missing or stale, and what a wheel offers."""
 
 import re
+import shutil
 import tomllib
 
 import pytest
 from conftest import ROOT, run_python
+
+from mio_ext import library
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -26,21 +29,58 @@ def test_torch_that_is_missing_is_one_sentence(tmp_path):
     assert re.fullmatch(r"mio_ext: building needs torch 2.10 or later; run: .* -m pip install '.*'\n", done.stderr)
 
 
-def test_an_extension_of_another_torch_is_to_be_built_again():
-    """A missing one is built by build_ext; one that is there and does not load only with --force."""
-    script = (
-        "import importlib.abc, sys\n"
-        "class Stale(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'mio_ext._C':\n"
-        "            raise ImportError('undefined symbol: _ZN3c10')\n"
-        "sys.meta_path.insert(0, Stale())\n"
-        "import mio_ext\n"
-        "print(mio_ext.backends.unavailable_reason('cpu'))\n"
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package in Python alone, for tests to put libraries into; what it says of the backend "cpu"."""
+    folder = tmp_path / "mio_ext"
+    shutil.copytree(ROOT / "mio_ext", folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+    def reason():
+        script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport mio_ext\n"
+        done = run_python("-c", script + "print(mio_ext.backends.unavailable_reason('cpu'))\n")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return folder, reason
+
+
+def test_a_library_that_is_missing_is_to_be_built(copy):
+    folder, reason = copy
+    file = re.escape(str(folder / "libmio_ext.so"))
+    assert re.fullmatch(
+        rf"the extension is not built \(there is no {file}\); run: python setup.py build_ext\n", reason()
     )
+
+
+def test_a_library_of_another_platform_is_told(copy):
+    """What the loader says of an ELF file of another machine, it says of any that is not its own."""
+    folder, reason = copy
+    (folder / "libmio_ext.so").write_bytes(b"\xcf\xfa\xed\xfe" + bytes(200))  # as on macOS
+    message = (
+        r"libmio_ext.so does not load on this system, Linux \S+, glibc \S+ \(.*\): wheels are for Linux on x86-64 with "
+        r"glibc 2.28 or later; elsewhere build it: pip install --no-binary mio_ext mio_ext\n"
+    )
+    assert re.fullmatch(message, reason())
+
+
+def test_a_library_of_another_version_is_told(copy):
+    folder, reason = copy
+    shutil.copy(ROOT / "mio_ext" / "libmio_ext.so", folder)
+    assert reason() == "None\n"
+    (folder / "version.py").write_text('__version__ = "99.0"\n')
+    message = (
+        r"libmio_ext.so is of mio_ext \S+, this is 99.0; run: pip install --force-reinstall mio_ext, or .* --force\n"
+    )
+    assert re.fullmatch(message, reason())
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.9.0+cu128", "1.13.1"])
+def test_torch_that_is_too_old_is_one_sentence(version):
+    script = f"import torch; torch.__version__ = {version!r}\nimport mio_ext"
     done = run_python("-c", script)
-    reason = "the extension was built with another torch or Python and does not load (undefined symbol: _ZN3c10)"
-    assert done.stdout == f"{reason}; run: python setup.py build_ext --force\n", done.stderr
+    message = f"ImportError: mio_ext needs torch 2.10 or later, this is torch {version}; run: pip install 'torch>=2.10'"
+    assert done.stderr.splitlines()[-1] == message
+    library.check_torch("2.10.0"), library.check_torch("2.15.0.dev20261101+cpu"), library.check_torch("3.0")
 
 
 def test_the_report_names_compiler_and_torch():

@@ -5,6 +5,7 @@ The kernels' own test is tests/native/pairwise_bce_cuda_test.cpp.
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,31 +13,50 @@ from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, run_
 from test_mio_loss import both
 from torch.utils import cpp_extension
 
-from mio_ext import backends, mio_loss, siglip_loss
+from mio_ext import __version__, gradient, library, mio_loss, ops, siglip_loss
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_why_it_cannot_run():
     z = torch.randn(4, 3)
-    why = "there is no CUDA GPU" if backends.extension.cuda else "the extension was built without CUDA"
-    with pytest.raises(RuntimeError, match=f"mio_loss: backend 'cuda' cannot run: {why}"):
+    why = library.cuda_failure or "there is no CUDA GPU"
+    with pytest.raises(RuntimeError, match=re.escape(f"mio_loss: backend 'cuda' cannot run: {why}")):
         mio_loss(z, z, backend="cuda")
 
 
-def test_build_without_cuda_says_so(monkeypatch):
-    monkeypatch.setattr(backends.extension, "cuda", None)
-    reason = backends.unavailable_reason("cuda")
-    assert reason == "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext does it or says why"
+def test_build_without_cuda_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert library._load_cuda() == (
+        "the extension was built without CUDA; FORCE_CUDA=1 python setup.py build_ext does it or says why"
+    )
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert re.fullmatch(r"torch \S+ was built without CUDA", library._load_cuda())
+
+
+@pytest.mark.parametrize(
+    "versions, reason",
+    [
+        (("0.0.1", 13000, 13000), r"libmio_ext_cuda.so is of mio_ext 0.0.1, this is .*; run: pip install .*"),
+        ((__version__, 13000, 12040), "the driver is for CUDA 12.4 and the kernels need one for 13.0; .* later driver"),
+        ((__version__, 13020, 13000), None),  # of one major version, any driver runs any code
+        ((__version__, 12080, 13000), None),
+    ],
+)
+def test_a_library_or_driver_that_does_not_fit_is_told(versions, reason, monkeypatch):
+    monkeypatch.setattr(library, "ops", lambda: SimpleNamespace(cuda_versions=lambda: versions))
+    told = library.cuda_mismatch.__wrapped__()
+    assert told is None if reason is None else re.fullmatch(reason, told)
 
 
 def test_machine_code():
     """No spills, the matrix instructions that are due, all exponentials: in the objects of this build."""
-    if backends.extension.cuda is None:
+    if library.diagnostics.cuda is None:
         pytest.skip("the extension was built without CUDA")
     pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton")
     result = run_python("benchmarks/cuda_resources.py")
     assert result.returncode == 0, result.stdout + result.stderr
-    for architecture in re.findall(r"\d+\.\d+a?", backends.extension.cuda):
+    for architecture in re.findall(r"\d+\.\d+a?", library.diagnostics.cuda):
         assert f"sm_{architecture.replace('.', '')} " in result.stdout
 
 
@@ -56,12 +76,19 @@ def emulated_ops():
         "mio_ext_emulated",
         [str(source) for source in sources],
         # The emulator's fibers jump between stacks, which _FORTIFY_SOURCE takes for an attack.
-        extra_cflags=["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"],
+        extra_cflags=[
+            *("-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"),
+            *("-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+        ],
         extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests" / "native")],
         build_directory=str(folder),
         is_python_module=False,
     )
-    return torch.ops.mio_ext_emulated
+    made = torch.library.Library("mio_ext_emulated", "IMPL")
+    for name in ("portable", "hopper"):
+        gradient.register(made, name)
+    yield torch.ops.mio_ext_emulated
+    made._destroy()
 
 
 def agreeing(batch, dim, dtype, noise, regularizer, backend="cpu", device="cpu"):
@@ -84,6 +111,7 @@ def emulated(emulated_ops, monkeypatch, request):
     """backend="cpu" is the emulator's."""
     kernel = getattr(request, "param", "portable")
     monkeypatch.setattr(torch.ops.mio_ext, "pairwise_bce", getattr(emulated_ops, kernel))
+    monkeypatch.setattr(ops, "_takes_tf32", lambda backend: torch.get_float32_matmul_precision() == "high")
 
 
 @pytest.mark.parametrize(

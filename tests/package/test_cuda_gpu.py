@@ -12,7 +12,8 @@ from conftest import ROOT, TOLERANCE, assert_no_worse_than, relative_error, view
 from test_cuda import agreeing
 
 from mio_ext import mio_loss, siglip_loss
-from mio_ext.backends import extension, unavailable_reason
+from mio_ext.backends import unavailable_reason
+from mio_ext.library import diagnostics
 
 REASON = unavailable_reason("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"cuda: {REASON}")]
@@ -49,12 +50,12 @@ def test_launches_of_a_step(batch, dim, dtype, launches):
 
     names = kernels(step)
     assert len(names) == launches, names
-    hopper = torch.cuda.get_device_capability() == (9, 0) and "9.0a" in extension.cuda and 2 * batch > 1024
+    hopper = torch.cuda.get_device_capability() == (9, 0) and "9.0a" in diagnostics.cuda and 2 * batch > 1024
     assert any("sweep_hopper" in name for name in names) == hopper, names
 
 
 @pytest.mark.skipif(
-    REASON is None and (torch.cuda.get_device_capability() != (9, 0) or "9.0a" not in extension.cuda),
+    REASON is None and (torch.cuda.get_device_capability() != (9, 0) or "9.0a" not in diagnostics.cuda),
     reason="of capability 9.0 alone",
 )
 def test_wide_rows_make_no_logits_in_memory():

@@ -2,6 +2,7 @@
 """What surrounds the losses: the report of `python -m mio_ext`, missing pieces, README and its figures."""
 
 import re
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,11 @@ def test_report():
     assert tuple(b for b in mio_ext.available_backends() if b in ("cpu", "reference")) == ("cpu", "reference")
 
 
-def test_without_the_extension():
-    script = without("mio_ext._C") + (
+def test_without_the_extension(tmp_path):
+    """A copy of the package without its libraries."""
+    shutil.copytree(ROOT / "mio_ext", tmp_path / "mio_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import torch, mio_ext\n"
         "z = torch.randn(4, 3)\n"
         "print(mio_ext.mio_loss(z, z, backend='reference').item())\n"
@@ -40,6 +44,19 @@ def test_without_the_extension():
     error = result.stderr.strip().splitlines()[-1]
     assert error.startswith("RuntimeError: mio_loss: backend 'cpu' cannot run: the extension is not built")
     assert error.endswith("run: python setup.py build_ext")
+
+
+def test_without_the_diagnostic_module():
+    """As in a wheel: nothing is missing but details of the report."""
+    script = without("mio_ext._C") + (
+        "import runpy, torch, mio_ext\n"
+        "z = torch.randn(4, 3, requires_grad=True)\n"
+        "mio_ext.mio_loss(z, 2 * z).backward()\n"
+        "runpy.run_module('mio_ext', run_name='__main__')\n"
+    )
+    result = run_python("-c", script)
+    assert result.returncode == 0, result.stderr
+    assert "extension: loaded" in result.stdout and re.search("^  cpu +available$", result.stdout, re.M)
 
 
 def test_without_triton():

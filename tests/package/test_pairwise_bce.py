@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import TOLERANCE, assert_no_worse_than, relative_error, run_python
 
-from mio_ext import backends, ops, reference
+from mio_ext import library, ops, reference
 
 # (M, K, D): smaller than any tile, ragged on either side, several blocks, long and thin.
 SHAPES = [(1, 1, 1), (3, 7, 5), (20, 16, 130), (65, 31, 32), (200, 333, 24), (7, 900, 40), (900, 7, 40), (700, 610, 48)]
@@ -254,15 +254,13 @@ def test_the_op_checks_its_arguments(changes, message):
 
 
 def other_instruction_sets():
-    return backends.extension.cpu_instruction_sets()[1:]
+    return library.diagnostics.cpu_instruction_sets()[1:] if library.diagnostics else []
 
 
 @pytest.mark.parametrize("isa", other_instruction_sets())
 def test_other_instruction_sets(isa):
     """The best one is what every other test runs on."""
-    select = "test_dtypes or test_16 or test_bfloat16"
-    if isa != "onednn":  # which is avx512bf16 but for bfloat16
-        select += " or test_rows or test_ids or test_extreme or test_many"
+    select = "test_dtypes or test_16 or test_bfloat16 or test_rows or test_ids or test_extreme or test_many"
     result = run_python("-m", "pytest", "-q", "-x", __file__, "-k", select, env={"MIO_CPU_ISA": isa})
     assert result.returncode == 0, result.stdout[-3000:]
     report = run_python("-m", "mio_ext", env={"MIO_CPU_ISA": isa})

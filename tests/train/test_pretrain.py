@@ -26,7 +26,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import mio_ext
-from mio_ext import distributed
+from mio_ext import distributed, library
 from mio_ext.encoder import build_backbone, load_encoder
 from mio_ext.reference import PairStats
 from train import plots, pretrain
@@ -257,8 +257,8 @@ def test_a_python_without_the_packages_is_told_of_the_one_with_them(script):
 
 
 def test_an_extension_that_is_not_built_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("mio_ext.backends.extension", None)
-    monkeypatch.setattr("mio_ext.backends._import_error", ModuleNotFoundError("mio_ext._C"), raising=False)
+    monkeypatch.setattr("mio_ext.library.FOLDER", tmp_path)
+    monkeypatch.setattr("mio_ext.library.failure", library._load("libmio_ext"))
     assert pretrain.run(["--device", "cpu", "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert re.match(r"pretrain.py: --loss-backend auto: .*not built.*setup.py build_ext.*", error)
