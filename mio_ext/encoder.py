@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders that the pre-training script has exported; needs torchvision and safetensors."""
+"""Encoders that the pre-training script has exported; needs torchvision and safetensors, and timm for timm's."""
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,25 +18,29 @@ from torch import Tensor, nn
 __all__ = ["Encoder", "load_encoder"]
 
 FILE = "encoder.safetensors"  #: in a run folder
+TIMM = "timm:"  #: before the name of a model of timm
 
 
 class Encoder(NamedTuple):
-    """A torchvision ResNet without classifier, in eval mode, and what its input must look like."""
+    """A torchvision ResNet or a model of timm, without classifier, in eval mode, and what its input must look like."""
 
     network: nn.Module  #: [B, C, H, W] to features [B, F]
     mean: Tensor  #: [C, 1, 1] on the scale [0, 1]
     std: Tensor  #: [C, 1, 1]
     image_size: int  #: pixels per side it was trained at
+    fixed_size: bool = False  #: it takes no other: most models of timm with a position for every patch
 
     def features(self, images: Tensor) -> Tensor:
         """[B, F] for images [B, C, H, W], uint8 or float in [0, 1].
 
         Raises:
-            ValueError: another number of channels than the encoder was trained with.
+            ValueError: another number of channels than the encoder was trained with, or another size than the
+                one it takes.
         """
-        channels = len(self.mean)
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"Encoder.features: images must be [B, {channels}, H, W], got {list(images.shape)}")
+        shape = [len(self.mean), *([self.image_size] * 2 if self.fixed_size else images.shape[2:])]
+        if images.ndim != 4 or list(images.shape[1:]) != shape:
+            expected = ", ".join(map(str, shape)) if self.fixed_size else f"{len(self.mean)}, H, W"
+            raise ValueError(f"Encoder.features: images must be [B, {expected}], got {list(images.shape)}")
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images
         with torch.inference_mode():
             features: Tensor = self.network((scaled - self.mean) / self.std)
@@ -45,17 +51,18 @@ def load_encoder(path: str | Path) -> Encoder:
     """The encoder in ``path``, a file that the pre-training script has exported, or a run folder with one.
 
     Raises:
-        ValueError: no such file, or one that the script did not write; or keys that do not match.
+        ValueError: no such file, or one that the script did not write; keys that do not match; or a model of
+            timm, and no timm.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
         about, tensors = read_metadata(path), load_file(path)
-        network, _ = build_backbone(about["backbone"], about["channels"], about["stem"], about["stem_padding"])
+        network = rebuild_backbone(about)
         network.load_state_dict(tensors, strict=True)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} holds no encoder of the pre-training script: {str(error).splitlines()[0]}") from error
     mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    return Encoder(network.eval(), mean, std, about["image_size"])
+    return Encoder(network.eval(), mean, std, about["image_size"], has_fixed_size(about["backbone"]))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -64,12 +71,24 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
 
 
-def build_backbone(name: str, channels: int, stem: str, stem_padding: bool = True) -> tuple[nn.Module, int]:
-    """A torchvision ResNet without its classifier ``fc``, and its feature width.
+def rebuild_backbone(about: dict[str, Any]) -> nn.Module:
+    """The network that such metadata describe, with weights of its own."""
+    network, _ = build_backbone(
+        about["backbone"], about["channels"], about["stem"], about["stem_padding"], about["image_size"]
+    )
+    return network
 
-    Keys of the state dict stay torchvision's. ``stem`` "3x3" (stride 1, no max-pool) keeps the resolution
-    that the "7x7" one divides by four.
+
+def build_backbone(
+    name: str, channels: int, stem: str, stem_padding: bool = True, image_size: int = 224
+) -> tuple[nn.Module, int]:
+    """A torchvision ResNet without its classifier ``fc``, and its feature width; or timm's NAME for "timm:NAME".
+
+    Keys of the state dict stay torchvision's, or timm's. ``stem`` "3x3" (stride 1, no max-pool) keeps the resolution
+    that the "7x7" one divides by four; a model of timm has its own, and may depend on the image size.
     """
+    if name.startswith(TIMM):
+        return build_timm(name, channels, image_size)
     backbone = torchvision.models.get_model(name, weights=None)
     features = backbone.fc.in_features
     if stem == "3x3":
@@ -80,3 +99,52 @@ def build_backbone(name: str, channels: int, stem: str, stem_padding: bool = Tru
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
     backbone.fc = nn.Identity()
     return backbone, features
+
+
+def import_timm(name: str) -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"{name} needs timm: pip install timm") from error
+    module: ModuleType = timm
+    return module
+
+
+def has_fixed_size(name: str) -> bool:
+    """Whether the model must be built for the size of its images, as timm says of its own."""
+    if not name.startswith(TIMM):
+        return False
+    about = import_timm(name).get_pretrained_cfg(name.removeprefix(TIMM))
+    return about is not None and bool(about.fixed_input_size)
+
+
+def build_timm(name: str, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    """timm's model without weights or classifier, tried on one image, and its feature width.
+
+    Raises:
+        ValueError: no timm, no such model, or one that makes no [B, F] of images of this size.
+    """
+    timm, model = import_timm(name), name.removeprefix(TIMM)
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), n=3)
+        hint = f"; near it: {', '.join(near)}" if near else "; timm.list_models() has their names"
+        raise ValueError(f"timm {timm.__version__} has no model {model!r}{hint}")
+    size = {"img_size": image_size} if has_fixed_size(name) else {}
+    try:
+        backbone: nn.Module = timm.create_model(model, pretrained=False, num_classes=0, in_chans=channels, **size)
+        check_patches(backbone, image_size)
+        with torch.no_grad():
+            features = backbone.eval()(torch.zeros(1, channels, image_size, image_size))
+    except Exception as error:  # every architecture has its own words for it
+        raise ValueError(f"{model} takes no images of {image_size} pixels: {str(error).splitlines()[0]}") from error
+    if features.ndim != 2:
+        raise ValueError(f"{model} makes {list(features.shape)} of an image, not one row of features")
+    return backbone.train(), features.shape[1]
+
+
+def check_patches(backbone: nn.Module, image_size: int) -> None:
+    """Patches that do not fill the image would leave out its right and lower edge without a word."""
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    side = max(patch) if isinstance(patch, tuple) else patch
+    if image_size % side:
+        raise ValueError(f"its patches of {side} pixels fill images of {side}, {2 * side}, {3 * side}, ... pixels")

@@ -3,22 +3,53 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, NoReturn, overload
+
+import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .checks import Number
+from .backends import BACKENDS
+from .checks import Number, check_number, is_readable
 from .losses import mio_loss, siglip_loss
 
 
-class MIOLoss(nn.Module):
-    """:func:`mio_loss` as a module. An ``nn.Parameter`` given as a number is learnt with the module.
+class _Loss(nn.Module):
+    """What both modules do alike."""
+
+    backend: str
+
+    def _check_backend(self) -> None:
+        if self.backend not in ("auto", *BACKENDS):
+            names = ", ".join(BACKENDS)
+            raise ValueError(f"{type(self).__name__}: backend must be one of auto, {names}, got {self.backend!r}")
+
+    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script asks for it, of modules inside others too
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile it; use torch.compile or torch.export"
+        )
+
+
+class MIOLoss(_Loss):
+    """:func:`mio_loss` as a module: ``MIOLoss(temperature=0.5)(z1, z2)`` for two views z1, z2 [B, D].
+
+    Numbers may be floats or tensors of one element. An ``nn.Parameter`` is learnt with the module and is in its
+    ``state_dict``; any other tensor moves with the module and is not.
 
     Args:
         temperature, negative_temperature, regularizer, bias, backend: as in :func:`mio_loss`.
         gather_distributed: the batches of all processes of the default group are one, as
             :func:`mio_ext.distributed.mio_loss` has it. Otherwise every process is on its own under
             ``DistributedDataParallel`` too: its negatives are those of its own batch.
+
+    Raises:
+        TypeError, ValueError: a number or a backend that :func:`mio_loss` would refuse.
     """
+
+    temperature: Number
+    negative_temperature: Number | None
+    regularizer: Number
+    bias: Number | None
 
     def __init__(
         self,
@@ -29,15 +60,28 @@ class MIOLoss(nn.Module):
         backend: str = "auto",
         gather_distributed: bool = False,
     ) -> None:
+        """As the class says."""
         super().__init__()
-        self.temperature = temperature
-        self.negative_temperature = negative_temperature
-        self.regularizer = regularizer
-        self.bias = bias
+        self._keep("temperature", temperature, positive=True)
+        self._keep("negative_temperature", negative_temperature, positive=True, optional=True)
+        self._keep("regularizer", regularizer)
+        self._keep("bias", bias, optional=True)
         self.backend = backend
+        self._check_backend()
         self.gather_distributed = gather_distributed
 
+    def _keep(self, name: str, value: Number | None, positive: bool = False, optional: bool = False) -> None:
+        """A float as it is, a parameter as such, another tensor as a buffer: so it moves, and old state loads."""
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value, persistent=False)
+            return
+        if not isinstance(value, Tensor) and not (optional and value is None):
+            like = torch.empty(0, dtype=torch.float64)  # what float32 cannot hold is refused when features come
+            check_number("MIOLoss", name, value, like, positive=positive)  # type: ignore[arg-type]  # None is refused
+        setattr(self, name, value)
+
     def forward(self, z1: Tensor, z2: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The loss, 0-dim, of z1 and z2 [B, D]; ``labels`` [B], integers, make it supervised. See :func:`mio_loss`."""
         loss = distributed.mio_loss if self.gather_distributed else mio_loss
         return loss(
             z1,
@@ -51,12 +95,25 @@ class MIOLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The constructor's arguments, a learnt one with its value now."""
         names = "temperature", "negative_temperature", "regularizer", "bias", "backend", "gather_distributed"
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in names)
+
+    if TYPE_CHECKING:  # nn.Module's own would take and return anything
+        __call__ = forward
 
 
-class SigLIPLoss(nn.Module):
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    now = f"{value.item():g}" if is_readable(value.data) else f"tensor on {value.device}"  # a GPU is not waited for
+    return f"{now} (learnt)" if isinstance(value, nn.Parameter) else now
+
+
+class SigLIPLoss(_Loss):
     """Drop-in for open_clip's ``SigLipLoss``: same constructor, call, value and gradients.
+
+    It has no parameters: scale and bias, which the model learns, come with every call.
 
     With ``world_size`` > 1 it is :func:`mio_ext.distributed.siglip_loss` over the default process group.
     ``cache_labels`` and ``chunk_size`` are accepted and change nothing: there is no label matrix to cache, and
@@ -64,7 +121,8 @@ class SigLIPLoss(nn.Module):
     "shift" are ``exchange="ring"`` there, "reduce" and "gather" are "gather", and None is "auto".
 
     Raises:
-        ValueError: a rank that is not in [0, world_size), or a ``dist_impl`` that open_clip does not know.
+        ValueError: a rank that is not in [0, world_size), a ``dist_impl`` that open_clip does not know, or an
+            unknown backend.
         RuntimeError: at the call, if the default process group is not of ``world_size`` processes, or if
             this process is not number ``rank`` of it.
     """
@@ -79,6 +137,7 @@ class SigLIPLoss(nn.Module):
         *,
         backend: str = "auto",
     ) -> None:
+        """As the class says."""
         super().__init__()
         if not 0 <= rank < world_size:
             raise ValueError(f"SigLIPLoss: rank must be in [0, world_size), got {rank} of {world_size}")
@@ -87,7 +146,36 @@ class SigLIPLoss(nn.Module):
         self.rank, self.world_size = rank, world_size
         self.exchange = "auto" if dist_impl is None else "ring" if dist_impl in ("bidir", "shift") else "gather"
         self.backend = backend
+        self._check_backend()
 
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Number,
+        logit_bias: Number | None = ...,
+        output_dict: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Number,
+        logit_bias: Number | None = ...,
+        *,
+        output_dict: Literal[True],
+    ) -> dict[str, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Number,
+        logit_bias: Number | None = ...,
+        output_dict: bool = ...,
+    ) -> Tensor | dict[str, Tensor]: ...
     def forward(
         self,
         image_features: Tensor,
@@ -96,6 +184,11 @@ class SigLIPLoss(nn.Module):
         logit_bias: Number | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        """The loss, 0-dim, of image_features [M, D] and text_features [K, D], K ≥ M, all rows of length 1.
+
+        ``logit_scale``, already exponentiated, and ``logit_bias`` are floats or tensors of one element; with
+        ``output_dict`` {"contrastive_loss": loss}. See :func:`siglip_loss`.
+        """
         if self.world_size == 1:  # a process group may be there for other things
             loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
         else:
@@ -108,3 +201,11 @@ class SigLIPLoss(nn.Module):
                 image_features, text_features, logit_scale, logit_bias, exchange=self.exchange, backend=self.backend
             )
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        """Where the texts of other processes come from, if there are any, and the backend."""
+        place = f"rank={self.rank}, world_size={self.world_size}, exchange={self.exchange!r}, "
+        return f"{place if self.world_size > 1 else ''}backend={self.backend!r}"
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -105,8 +105,8 @@ def untrained_like(config: Config, setup: Setup) -> PretrainModel:
     """The network that the run started from."""
     torch.manual_seed(config.seed)
     about = setup.architecture
-    model = build_model(config.backbone, about["channels"], about["stem"], config.projector, config.stem_padding)
-    return model.to(setup.device)
+    shape = config.stem_padding, about["image_size"]
+    return build_model(config.backbone, about["channels"], about["stem"], config.projector, *shape).to(setup.device)
 
 
 def at_step_0(batch: Batch, model: PretrainModel) -> dict[str, float]:

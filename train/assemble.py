@@ -60,9 +60,9 @@ def assemble(config: Config, processes: Processes = ALONE, keep: bool = True) ->
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(data.pretrain)} training images")
     mean, std = data.mean_std()
     size = config.image_size or data.image_size or data.size
-    stem = resolve_stem(config.stem, size)
+    stem = resolve_stem(config.stem, size, config.backbone)
     torch.manual_seed(config.seed)
-    model = build_model(config.backbone, data.channels, stem, config.projector, config.stem_padding).to(device)
+    model = build_model(config.backbone, data.channels, stem, config.projector, config.stem_padding, size).to(device)
     if processes.count > 1:
         synchronize_batch_norm(model, device)
     ranges = ViewRanges(**{f.name: getattr(config, f.name) for f in fields(ViewRanges)})

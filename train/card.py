@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mio_ext.encoder import read_metadata
+from mio_ext.encoder import TIMM, has_fixed_size, read_metadata
 from train.probes import NEIGHBOURS
 from train.run_folder import (
     CARD,
@@ -45,8 +45,10 @@ def model_card(folder: Path) -> str:
     start = next(entry for entry in read_log(folder / LOG) if entry["event"] in ("start", "resume"))
     about, config = read_metadata(folder / ENCODER), start["config"]
     name, source = OBJECTIVES[config["objective"]]
-    network = about["backbone"].replace("resnet", "ResNet-")
-    front_matter = ["---", "library_name: torchvision", f"tags: [self-supervised, {about['backbone']}]", "---"]
+    library, _, network = about["backbone"].rpartition(":")
+    library = library or "torchvision"
+    front_matter = ["---", f"library_name: {library}", f"tags: [self-supervised, {network}]", "---"]
+    network = network if library == "timm" else network.replace("resnet", "ResNet-")
     title = f"# {network}, pre-trained on {start['data']} with {name}"
     what = (
         f"An image encoder trained without labels on {start['images']:,} images: two random views of an image are to "
@@ -66,7 +68,7 @@ def model_card(folder: Path) -> str:
 
 def use(about: dict[str, Any]) -> str:
     channels, size = about["channels"], about["image_size"]
-    text = f"""## Use
+    return f"""## Use
 
 ```python
 from mio_ext.encoder import load_encoder
@@ -76,23 +78,28 @@ features = encoder.features(images)  # [B, {channels}, {size}, {size}], uint8 or
 ```
 
 Mean {numbers(about["mean"])} and standard deviation {numbers(about["std"])} of the scale [0, 1], the stem and the image
-size are in the file's metadata. The keys are torchvision's:
+size are in the file's metadata. The keys are {"timm" if about["backbone"].startswith(TIMM) else "torchvision"}'s:
 
 ```python
-network = torchvision.models.{about["backbone"]}()
-"""
-    padding = int(about["stem_padding"])
+{network_code(about)}
+network.load_state_dict(safetensors.torch.load_file("{ENCODER}"))
+network.eval()  # its input: (images - mean) / std
+```"""
+
+
+def network_code(about: dict[str, Any]) -> str:
+    """The network without mio_ext, in lines of Python."""
+    name, channels, size, padding = (about[key] for key in ("backbone", "channels", "image_size", "stem_padding"))
+    if name.startswith(TIMM):
+        fixed = f", img_size={size}" if has_fixed_size(name) else ""
+        return f'network = timm.create_model("{name.removeprefix(TIMM)}", num_classes=0, in_chans={channels}{fixed})'
+    text = f"network = torchvision.models.{name}()\n"
     if about["stem"] == "3x3":
-        text += f"network.conv1 = torch.nn.Conv2d({channels}, 64, kernel_size=3, padding={padding}, bias=False)\n"
+        text += f"network.conv1 = torch.nn.Conv2d({channels}, 64, kernel_size=3, padding={int(padding)}, bias=False)\n"
         text += "network.maxpool = torch.nn.Identity()\n"
     elif channels != 3:
         text += f"network.conv1 = torch.nn.Conv2d({channels}, 64, kernel_size=7, stride=2, padding=3, bias=False)\n"
-    return text + (
-        "network.fc = torch.nn.Identity()\n"
-        f'network.load_state_dict(safetensors.torch.load_file("{ENCODER}"))\n'
-        "network.eval()  # its input: (images - mean) / std\n"
-        "```"
-    )
+    return text + "network.fc = torch.nn.Identity()"
 
 
 def numbers(values: list[float]) -> str:

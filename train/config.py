@@ -20,12 +20,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mio_ext.encoder import TIMM
 from train.augment import ViewRanges
 from train.errors import UserError
 from train.run_folder import CHECKPOINT
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 DATASETS = PRESETS / "datasets.toml"
+RESNETS = ("resnet18", "resnet34", "resnet50")
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
@@ -98,7 +100,9 @@ class Config:
     learn_scale: bool = option("loss", False, "learn temperature and bias of mio or siglip with the model")
     loss_backend: str = option("run", "auto", "what computes the loss", choices=BACKENDS)
 
-    backbone: str = option("model", "resnet18", "torchvision ResNet", choices=("resnet18", "resnet34", "resnet50"))
+    backbone: str = option(
+        "model", "resnet18", f"torchvision's {', '.join(RESNETS)}, or timm:NAME, a ViT say, which takes AdamW better"
+    )
     stem: str = option(
         "model",
         "auto",
@@ -164,6 +168,13 @@ class Config:
             raise UserError(f"--crop-area must be the smaller share, then the larger, got {list(self.crop_area)}")
         if self.objective == "simclr" and (self.learn_scale or self.bias):
             raise UserError("--bias and --learn-scale belong to mio and siglip, not to --objective simclr")
+        if self.backbone.startswith(TIMM):
+            if self.stem != "auto" or not self.stem_padding:
+                raise UserError(
+                    f"--stem and --no-stem-padding belong to ResNets: {self.backbone} has a stem of its own"
+                )
+        elif self.backbone not in RESNETS:
+            raise UserError(f"--backbone must be one of {', '.join(RESNETS)} or timm:NAME, got {self.backbone!r}")
         if not self.projector:
             raise UserError("--projector must name at least the width of the embedding")
         if self.resume == "auto" and self.output is None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mio_ext
 from mio_ext import analysis
@@ -103,5 +104,6 @@ def network_displacements(batch: Batch, model: PretrainModel, rates: Sequence[fl
         return batch.forward(lambda x: torch.func.functional_call(model, {**parameters, **own}, x), batch.views)
 
     dz = batch.gradient_parts(batch.embed(model)).total
-    unit = analysis.displacement(z_of, dict(model.named_parameters()), dz, 1.0)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+        unit = analysis.displacement(z_of, dict(model.named_parameters()), dz, 1.0)
     return [Displacement(rate, rate * unit, batch.step(model, batch.views, rate)) for rate in rates]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402  (the repository root goes on the path before the imports that need it)
-"""The encoder of a run as one safetensors file with torchvision's key names; mio_ext.encoder reads it.
+"""The encoder of a run as one safetensors file with torchvision's (or timm's) key names; mio_ext.encoder reads it.
 
     .venv/bin/python train/export.py RUN [--output encoder.safetensors]
 
@@ -23,7 +23,7 @@ require_packages("export.py")
 from safetensors.torch import save
 from torch import nn
 
-from mio_ext.encoder import build_backbone
+from mio_ext.encoder import rebuild_backbone
 from train.config import OneLineParser
 from train.errors import UserError
 from train.run_folder import CHECKPOINT, ENCODER, load_checkpoint, write_atomically
@@ -62,7 +62,10 @@ def run(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         checkpoint = load_checkpoint(args.run / CHECKPOINT)
         about = checkpoint["architecture"]
-        network, _ = build_backbone(about["backbone"], about["channels"], about["stem"], about["stem_padding"])
+        try:
+            network = rebuild_backbone(about)
+        except ValueError as error:  # timm is gone, or another one
+            raise UserError(str(error)) from error
         network.load_state_dict(checkpoint["backbone"], strict=True)
         output = args.output or args.run / ENCODER
         export_encoder(network, about, output)

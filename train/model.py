@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mio_ext.encoder import build_backbone
+from mio_ext.encoder import TIMM, build_backbone
+from train.errors import UserError
 
 SMALL_IMAGE = 64  #: pixels up to which stem "auto" keeps the resolution
 
@@ -39,16 +40,30 @@ class PretrainModel(nn.Module):
         return embeddings
 
 
-def resolve_stem(stem: str, image_size: int) -> str:
+def resolve_stem(stem: str, image_size: int, backbone: str = "") -> str:
+    if backbone.startswith(TIMM):
+        return "own"
     if stem != "auto":
         return stem
     return "3x3" if image_size <= SMALL_IMAGE else "7x7"
 
 
 def build_model(
-    name: str, channels: int, stem: str, projector: Sequence[int], stem_padding: bool = True
+    name: str,
+    channels: int,
+    stem: str,
+    projector: Sequence[int],
+    stem_padding: bool = True,
+    image_size: int = 224,
 ) -> PretrainModel:
-    """Backbone and projector in channels_last, which is faster or as fast on every device we measured."""
-    backbone, features = build_backbone(name, channels, stem, stem_padding)
+    """Backbone and projector in channels_last, which is faster or as fast on every device we measured.
+
+    Raises:
+        UserError: timm is missing, has no such model, or the model takes no images of this size.
+    """
+    try:
+        backbone, features = build_backbone(name, channels, stem, stem_padding, image_size)
+    except ValueError as error:
+        raise UserError(f"--backbone {name}: {error}") from error
     model = PretrainModel(backbone, Projector(features, projector))
     return model.to(memory_format=torch.channels_last)

@@ -11,9 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from train.errors import UserError
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with its batch norms synchronised; parameters, buffers and their names stay as they are."""
+    """The model with its batch norms synchronised; parameters, buffers and their names stay as they are.
+
+    Raises:
+        UserError: a batch norm that does more than one, as some of timm's: the rest would be lost without a word.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and type(module) not in PLAIN:
+            raise UserError(f"several processes cannot share the batch norm of this backbone, {type(module).__name__}")
     if device.type == "cuda":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return converted

@@ -89,7 +89,7 @@ def test_types_in_a_users_file(tmp_path):
     """mypy finds our types, and knows a loss from a loss with statistics."""
     (tmp_path / "user.py").write_text(
         "import torch\n"
-        "from mio_ext import MIOLoss, PairStats, SigLIPLoss, mio_loss, siglip_loss\n"
+        "from mio_ext import MIOLoss, PairStats, SigLIPLoss, __version__, distributed, mio_loss, siglip_loss\n"
         "z = torch.randn(4, 3)\n"
         "a: torch.Tensor = mio_loss(z, z, temperature=0.2)\n"
         "b: tuple[torch.Tensor, PairStats] = mio_loss(z, z, return_stats=True)\n"
@@ -98,11 +98,21 @@ def test_types_in_a_users_file(tmp_path):
         "e: torch.Tensor = MIOLoss()(z, z)\n"
         "f: str = mio_loss(z, z)  # wrong\n"
         "g = mio_loss(z, z, temprature=0.5)  # wrong\n"
+        "from typing import assert_type\n"  # what a call gives, not only what it may be assigned to
+        "assert_type(MIOLoss(temperature=torch.nn.Parameter(z[0, 0]))(z, z, labels=z[:, 0].long()), torch.Tensor)\n"
+        "assert_type(SigLIPLoss(rank=0)(z, z, 10.0, z[0, 0]), torch.Tensor)\n"
+        "assert_type(SigLIPLoss()(z, z, 10.0, output_dict=True), dict[str, torch.Tensor])\n"
+        "assert_type(distributed.mio_loss(z, z), torch.Tensor)\n"
+        "assert_type(mio_loss(z, z, return_stats=True)[1].positive_cosine, torch.Tensor)\n"
+        "assert_type(__version__, str)\n"
+        "MIOLoss()(z)  # wrong\n"
+        "MIOLoss(temperature='warm')  # wrong\n"
+        "SigLIPLoss()(z, z)  # wrong\n"
     )
     result = run_python("-m", "mypy", str(tmp_path / "user.py"), env={"MYPYPATH": str(ROOT)})
     errors = [line for line in result.stdout.splitlines() if "error:" in line and "user.py" in line]
     assert ":9: error: Incompatible types" in errors[0], result
-    assert errors[1:] and all(":10: error: " in error for error in errors[1:]), result
+    assert {int(error.split(":")[1]) for error in errors} == {9, 10, 18, 19, 20}, result
 
 
 def test_readme_names_the_two_commands_first():

@@ -54,7 +54,7 @@ def test_the_printed_options_are_a_file_of_options(tmp_path, capsys):
         ("projector = []", "--projector must name at least the width of the embedding"),
         ("temperature = -1", "--temperature must be greater than 0, got -1"),
         ("temperature = nan", "--temperature must be greater than 0, got nan"),
-        ('backbone = "vit"', "--backbone must be one of resnet18, resnet34, resnet50, got 'vit'"),
+        ('backbone = "vit"', "--backbone must be one of resnet18, resnet34, resnet50 or timm:NAME, got 'vit'"),
         ("epochs = ", "my.toml is not valid TOML"),
         ('preset = "moco"', "--preset must be one of mio, mio-v1, siglip-ssl, simclr, got 'moco'"),
     ],
