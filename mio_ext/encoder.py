@@ -12,10 +12,12 @@ import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 __all__ = ["Encoder", "load_encoder"]
 
 FILE = "encoder.safetensors"  #: in a run folder
+WIDTH = 64  #: of the first stage of torchvision's ResNets
 
 
 class Encoder(NamedTuple):
@@ -50,7 +52,9 @@ def load_encoder(path: str | Path) -> Encoder:
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
         about, tensors = read_metadata(path), load_file(path)
-        network, _ = build_backbone(about["backbone"], about["channels"], about["stem"], about["stem_padding"])
+        network, _ = build_backbone(
+            about["backbone"], about["channels"], about["stem"], about["stem_padding"], about.get("width", WIDTH)
+        )
         network.load_state_dict(tensors, strict=True)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} holds no encoder of the pre-training script: {str(error).splitlines()[0]}") from error
@@ -59,18 +63,38 @@ def load_encoder(path: str | Path) -> Encoder:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Backbone, channels, stem, stem_padding, image_size, mean and std of the encoder in ``path``."""
+    """Backbone, width, channels, stem, stem_padding, image_size, mean and std of the encoder in ``path``."""
     with safe_open(path, framework="pt") as file:
         return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
 
 
-def build_backbone(name: str, channels: int, stem: str, stem_padding: bool = True) -> tuple[nn.Module, int]:
+def narrow_resnet(name: str, width: int) -> Any:
+    """torchvision's ResNet ``name`` with stages of another width; its constructor has no such argument."""
+    block, layers = {
+        "resnet18": (BasicBlock, [2, 2, 2, 2]),
+        "resnet34": (BasicBlock, [3, 4, 6, 3]),
+        "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    }[name]
+
+    class Narrow(ResNet):  # type: ignore[misc]
+        def _make_layer(self, block: Any, planes: int, *rest: Any, **options: Any) -> Any:
+            return super()._make_layer(block, planes * width // WIDTH, *rest, **options)
+
+    network = Narrow(block, layers)
+    network.fc = nn.Linear(network.inplanes, 1)  # the width that came out
+    return network
+
+
+def build_backbone(
+    name: str, channels: int, stem: str, stem_padding: bool = True, width: int = WIDTH
+) -> tuple[nn.Module, int]:
     """A torchvision ResNet without its classifier ``fc``, and its feature width.
 
     Keys of the state dict stay torchvision's. ``stem`` "3x3" (stride 1, no max-pool) keeps the resolution
-    that the "7x7" one divides by four.
+    that the "7x7" one divides by four. ``width`` is that of the first stage, after which it doubles three times;
+    another than torchvision's 64 narrows (or widens) every stage, and the first block projects the stem to it.
     """
-    backbone = torchvision.models.get_model(name, weights=None)
+    backbone: Any = torchvision.models.get_model(name, weights=None) if width == WIDTH else narrow_resnet(name, width)
     features = backbone.fc.in_features
     if stem == "3x3":
         backbone.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=int(stem_padding), bias=False)

@@ -14,7 +14,7 @@ class MIOLoss(nn.Module):
     """:func:`mio_loss` as a module. An ``nn.Parameter`` given as a number is learnt with the module.
 
     Args:
-        temperature, negative_temperature, regularizer, bias, backend: as in :func:`mio_loss`.
+        temperature, negative_temperature, regularizer, bias, backend, negative_weight: as in :func:`mio_loss`.
         gather_distributed: the batches of all processes of the default group are one, as
             :func:`mio_ext.distributed.mio_loss` has it. Otherwise every process is on its own under
             ``DistributedDataParallel`` too: its negatives are those of its own batch.
@@ -28,10 +28,12 @@ class MIOLoss(nn.Module):
         bias: Number | None = None,
         backend: str = "auto",
         gather_distributed: bool = False,
+        negative_weight: Number = 1.0,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.negative_temperature = negative_temperature
+        self.negative_weight = negative_weight
         self.regularizer = regularizer
         self.bias = bias
         self.backend = backend
@@ -44,6 +46,7 @@ class MIOLoss(nn.Module):
             z2,
             temperature=self.temperature,
             negative_temperature=self.negative_temperature,
+            negative_weight=self.negative_weight,
             regularizer=self.regularizer,
             bias=self.bias,
             labels=labels,
@@ -51,7 +54,8 @@ class MIOLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        names = "temperature", "negative_temperature", "regularizer", "bias", "backend", "gather_distributed"
+        numbers = "temperature", "negative_temperature", "negative_weight", "regularizer", "bias"
+        names = *numbers, "backend", "gather_distributed"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

@@ -23,14 +23,14 @@ require_packages("export.py")
 from safetensors.torch import save
 from torch import nn
 
-from mio_ext.encoder import build_backbone
+from mio_ext.encoder import WIDTH, build_backbone
 from train.config import OneLineParser
 from train.errors import UserError
 from train.run_folder import CHECKPOINT, ENCODER, load_checkpoint, write_atomically
 
 
 def export_encoder(backbone: nn.Module, architecture: dict[str, object], path: Path) -> None:
-    """``architecture``: backbone, channels, stem, stem_padding, image_size, mean and std.
+    """``architecture``: backbone, width, channels, stem, stem_padding, image_size, mean and std.
 
     Raises:
         UserError: the file cannot be written.
@@ -62,7 +62,9 @@ def run(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         checkpoint = load_checkpoint(args.run / CHECKPOINT)
         about = checkpoint["architecture"]
-        network, _ = build_backbone(about["backbone"], about["channels"], about["stem"], about["stem_padding"])
+        network, _ = build_backbone(
+            about["backbone"], about["channels"], about["stem"], about["stem_padding"], about.get("width", WIDTH)
+        )
         network.load_state_dict(checkpoint["backbone"], strict=True)
         output = args.output or args.run / ENCODER
         export_encoder(network, about, output)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mio_ext.encoder import build_backbone
+from mio_ext.encoder import WIDTH, build_backbone
 
 SMALL_IMAGE = 64  #: pixels up to which stem "auto" keeps the resolution
 
@@ -46,9 +46,9 @@ def resolve_stem(stem: str, image_size: int) -> str:
 
 
 def build_model(
-    name: str, channels: int, stem: str, projector: Sequence[int], stem_padding: bool = True
+    name: str, channels: int, stem: str, projector: Sequence[int], stem_padding: bool = True, width: int = WIDTH
 ) -> PretrainModel:
     """Backbone and projector in channels_last, which is faster or as fast on every device we measured."""
-    backbone, features = build_backbone(name, channels, stem, stem_padding)
+    backbone, features = build_backbone(name, channels, stem, stem_padding, width)
     model = PretrainModel(backbone, Projector(features, projector))
     return model.to(memory_format=torch.channels_last)
