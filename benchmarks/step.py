@@ -65,7 +65,7 @@ class Trainer:
         self.model = build_model(case.model, 3, stem, config.projector).to(device)
         mean = std = torch.full((3,), 0.5, device=device)
         self.preprocess = Preprocess(mean, std, case.image_size, ViewRanges())
-        self.optimizer = torch.optim.SGD(parameter_groups(self.model, config.weight_decay), lr=0.0, momentum=0.9)
+        self.optimizer = torch.optim.SGD(parameter_groups(self.model, config), lr=0.0, momentum=0.9)
         shape = (case.batch, 3, case.image_size, case.image_size)
         self.images = torch.randint(256, shape, dtype=torch.uint8, device=device)
         self.generator = torch.Generator(device).manual_seed(0)

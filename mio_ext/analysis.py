@@ -7,7 +7,7 @@ p(i) the other view of row i, P_i = I − ẑ_i ẑ_iᵀ, ℓ = s/τ + b, g = �
     (18) log 2 − (L_pos + L_neg)/2  =  JSD(positive ‖ negative pairs) − what the critic misses
     (22) its largest value for a cosine critic
     (23) attraction_i  = −2 σ(−ℓ_ip(i)) / (N τ_p ‖z_i‖) · P_i ẑ_p(i)
-    (24) repulsion_i   =  2 / (N(N−2) τ_n ‖z_i‖) · Σ_{j≠i, j≠p(i)} σ(ℓ_ij) P_i ẑ_j
+    (24) repulsion_i   =  2ω / (N(N−2) τ_n ‖z_i‖) · Σ_{j≠i, j≠p(i)} σ(ℓ_ij) P_i ẑ_j
     (25) regularizer_i = −2λ / (B·D ‖z_i‖) · P_i ẑ_p(i)
     (27) z_i = W h_i + c:   ∂L/∂W = Σ_i g_i h_iᵀ,   ∂L/∂c = Σ_i g_i
     (29) batch norm:        ∂L/∂u = J g, for each feature J = γ/σ (I − 11ᵀ/n − ûûᵀ/n)
@@ -68,6 +68,7 @@ def gradient_parts(
     *,
     temperature: Number = 0.5,
     negative_temperature: Number | None = None,
+    negative_weight: Number = 1.0,
     regularizer: Number = 1.0,
     bias: Number | None = None,
     backend: str = "auto",
@@ -87,10 +88,10 @@ def gradient_parts(
         TypeError, ValueError, RuntimeError: as :func:`mio_ext.mio_loss`.
     """
     op = "gradient_parts"
-    scale, bias, regularizer, _ = losses.mio_arguments(op, z1, z2, temperature, negative_temperature, regularizer, bias)
+    numbers, _ = losses.mio_arguments(op, z1, z2, temperature, negative_temperature, negative_weight, regularizer, bias)
     z1, z2 = checks.in_one_dtype(z1, z2)
     batch, dim = z1.shape
-    positive, negative, linear = losses.mio_weights(batch, dim, regularizer, None)
+    positive, negative, linear = losses.mio_weights(batch, dim, numbers, None)
     backend = choose_backend(op, backend, z1)
     z = torch.cat([z1.detach(), z2.detach()]).to(checks.loss_dtype(z1.dtype)).requires_grad_()
 
@@ -98,8 +99,8 @@ def gradient_parts(
         with torch.enable_grad():
             loss, _ = ops.pairwise_bce(
                 z,
-                scale=scale,
-                bias=bias,
+                scale=numbers.scale,
+                bias=numbers.bias,
                 weights=weights,
                 shift=batch,
                 exclude_self=True,

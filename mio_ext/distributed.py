@@ -78,6 +78,7 @@ def mio_loss(
     exchange: str = "auto",
     temperature: Number = 0.5,
     negative_temperature: Number | None = None,
+    negative_weight: Number = 1.0,
     regularizer: Number = 1.0,
     bias: Number | None = None,
     labels: Tensor | None = None,
@@ -117,14 +118,15 @@ def mio_loss(
             z2,
             temperature=temperature,
             negative_temperature=negative_temperature,
+            negative_weight=negative_weight,
             regularizer=regularizer,
             bias=bias,
             labels=labels,
             backend=backend,
             return_stats=return_stats,
         )
-    scale, bias, regularizer, ids = losses.mio_arguments(
-        op, z1, z2, temperature, negative_temperature, regularizer, bias, labels, processes=world
+    numbers, ids = losses.mio_arguments(
+        op, z1, z2, temperature, negative_temperature, negative_weight, regularizer, bias, labels, processes=world
     )
     z1, z2 = checks.in_one_dtype(z1, z2)
     backend = choose_backend(op, backend, z1)
@@ -133,23 +135,23 @@ def mio_loss(
     batch, dim = sum(plan.rows) // 2, z1.shape[1]
     if plan.ring:
         if ids is None:
-            weights = losses.mio_weights(batch, dim, regularizer, None)
+            weights = losses.mio_weights(batch, dim, numbers, None)
         else:
             equal = ring.count_positives(op, group, plan, ids, ids).sum()
             dist.all_reduce(equal, group=group)
-            weights = losses.supervised_weights(2 * batch, dim, regularizer, equal)
+            weights = losses.supervised_weights(2 * batch, dim, numbers, equal)
         loss, stats = ring.pairwise_bce(
-            op, group, plan, x, scale=scale, bias=bias, weights=weights, x_ids=ids, y_ids=ids, normalize=True,
-            backend=backend,
+            op, group, plan, x, scale=numbers.scale, bias=numbers.bias, weights=weights, x_ids=ids, y_ids=ids,
+            normalize=True, backend=backend,
         )  # fmt: skip
         return (loss, PairStats(*stats.unbind())) if return_stats else loss
     all_ids = None if ids is None else gather(ids, plan.rows, group)
     loss, stats = ops.pairwise_bce(
         _Twice.apply(x),  # as a row and as a column
         gather(x.detach(), plan.rows, group),  # rank by rank [z1; z2]
-        scale=scale,
-        bias=bias,
-        weights=losses.mio_weights(batch, dim, regularizer, all_ids),
+        scale=numbers.scale,
+        bias=numbers.bias,
+        weights=losses.mio_weights(batch, dim, numbers, all_ids),
         x_ids=ids,
         y_ids=all_ids,
         shift=len(z1),

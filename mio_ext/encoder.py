@@ -14,11 +14,13 @@ import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 __all__ = ["Encoder", "load_encoder"]
 
 FILE = "encoder.safetensors"  #: in a run folder
 TIMM = "timm:"  #: before the name of a model of timm
+WIDTH = 64  #: of the first stage of torchvision's ResNets
 
 
 class Encoder(NamedTuple):
@@ -66,30 +68,48 @@ def load_encoder(path: str | Path) -> Encoder:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Backbone, channels, stem, stem_padding, image_size, mean and std of the encoder in ``path``."""
+    """Backbone, width, channels, stem, stem_padding, image_size, mean and std of the encoder in ``path``."""
     with safe_open(path, framework="pt") as file:
         return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
 
 
 def rebuild_backbone(about: dict[str, Any]) -> nn.Module:
     """The network that such metadata describe, with weights of its own."""
-    network, _ = build_backbone(
-        about["backbone"], about["channels"], about["stem"], about["stem_padding"], about["image_size"]
-    )
+    names = "backbone", "channels", "stem", "stem_padding", "image_size"
+    network, _ = build_backbone(*(about[name] for name in names), width=about.get("width", WIDTH))
+    return network
+
+
+def narrow_resnet(name: str, width: int) -> Any:
+    """torchvision's ResNet ``name`` with stages of another width; its constructor has no such argument."""
+    block, layers = {
+        "resnet18": (BasicBlock, [2, 2, 2, 2]),
+        "resnet34": (BasicBlock, [3, 4, 6, 3]),
+        "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    }[name]
+
+    class Narrow(ResNet):  # type: ignore[misc]
+        def _make_layer(self, block: Any, planes: int, *rest: Any, **options: Any) -> Any:
+            return super()._make_layer(block, planes * width // WIDTH, *rest, **options)
+
+    network = Narrow(block, layers)
+    network.fc = nn.Linear(network.inplanes, 1)  # the width that came out
     return network
 
 
 def build_backbone(
-    name: str, channels: int, stem: str, stem_padding: bool = True, image_size: int = 224
+    name: str, channels: int, stem: str, stem_padding: bool = True, image_size: int = 224, width: int = WIDTH
 ) -> tuple[nn.Module, int]:
     """A torchvision ResNet without its classifier ``fc``, and its feature width; or timm's NAME for "timm:NAME".
 
     Keys of the state dict stay torchvision's, or timm's. ``stem`` "3x3" (stride 1, no max-pool) keeps the resolution
-    that the "7x7" one divides by four; a model of timm has its own, and may depend on the image size.
+    that the "7x7" one divides by four; a model of timm has its own, and may depend on the image size. ``width`` is that
+    of a ResNet's first stage, after which it doubles three times; another than torchvision's 64 narrows (or widens)
+    every stage, and the first block projects the stem to it.
     """
     if name.startswith(TIMM):
         return build_timm(name, channels, image_size)
-    backbone = torchvision.models.get_model(name, weights=None)
+    backbone: Any = torchvision.models.get_model(name, weights=None) if width == WIDTH else narrow_resnet(name, width)
     features = backbone.fc.in_features
     if stem == "3x3":
         backbone.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=int(stem_padding), bias=False)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import numbers
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class MIOOptions(TypedDict, total=False):
 
     temperature: Number
     negative_temperature: Number | None
+    negative_weight: Number
     regularizer: Number
     bias: Number | None
     labels: Tensor | None
@@ -44,6 +45,7 @@ def mio_loss(
     *,
     temperature: Number = 0.5,
     negative_temperature: Number | None = None,
+    negative_weight: Number = 1.0,
     regularizer: Number = 1.0,
     bias: Number | None = None,
     labels: Tensor | None = None,
@@ -55,7 +57,7 @@ def mio_loss(
     With ẑ the rows of [z1; z2] divided by their norms, s_ij = ẑ_i · ẑ_j and p(i) the other view of i::
 
         1/N        Σ_i                 softplus(−(s_ip(i) / temperature + bias))
-      + 1/(N(N−2)) Σ_i Σ_{j≠i, j≠p(i)} softplus(s_ij / negative_temperature + bias)
+      + negative_weight · 1/(N(N−2)) Σ_i Σ_{j≠i, j≠p(i)} softplus(s_ij / negative_temperature + bias)
       + regularizer · mean((ẑ1 − ẑ2)²)
 
     Equal to :func:`mio_ext.reference.mio_loss`, which writes this out in plain PyTorch.
@@ -65,9 +67,11 @@ def mio_loss(
             They need not be normalised. A zero row counts with cosine 0 and gets gradient 0. Where one is of a
             narrower type than the other, it is converted to the type that holds both.
         temperature: for positive pairs, and for negative ones unless ``negative_temperature`` is given.
+        negative_weight: ω, of the mean over negative pairs; N − 2 makes it SigCLR's sum. The best logit is then
+            log p/q − log ω, so ω and a bias of −log ω go together.
         regularizer: λ; weight of the squared distance between the views.
         bias: added to every logit; None is 0.
-            Temperatures, regularizer and bias: a float, or a tensor of one element ([] or [1]), which gets its
+            Temperatures, weights and bias: a float, or a tensor of one element ([] or [1]), which gets its
             gradient if it requires one. A float is checked: up to 1e30 in magnitude, a temperature from 1e-30
             (1e300 for float64 features). A tensor's value is never read on the host,
             so a temperature that is not positive and finite shows as NaN in the loss. Under
@@ -88,16 +92,16 @@ def mio_loss(
     Source: arXiv 2111.12664, version 1.
     """
     op = "mio_loss"
-    scale, bias, regularizer, ids = mio_arguments(
-        op, z1, z2, temperature, negative_temperature, regularizer, bias, labels
+    numbers, ids = mio_arguments(
+        op, z1, z2, temperature, negative_temperature, negative_weight, regularizer, bias, labels
     )
     z1, z2 = checks.in_one_dtype(z1, z2)
     batch, dim = z1.shape
     loss, stats = ops.pairwise_bce(
         (z1, z2),
-        scale=scale,
-        bias=bias,
-        weights=mio_weights(batch, dim, regularizer, ids),
+        scale=numbers.scale,
+        bias=numbers.bias,
+        weights=mio_weights(batch, dim, numbers, ids),
         x_ids=ids,
         shift=batch,
         exclude_self=True,
@@ -107,18 +111,28 @@ def mio_loss(
     return (loss, PairStats(*stats.unbind())) if return_stats else loss
 
 
+class MIONumbers(NamedTuple):
+    """The checked numbers of :func:`mio_loss`."""
+
+    scale: tuple[Number, Number]  #: (a_p, a_n)
+    bias: Number
+    regularizer: Number  #: λ
+    negative_weight: Number  #: ω
+
+
 def mio_arguments(
     op: str,
     z1: Tensor,
     z2: Tensor,
     temperature: Number,
     negative_temperature: Number | None,
+    negative_weight: Number,
     regularizer: Number,
     bias: Number | None,
     labels: Tensor | None = None,
     processes: int = 1,
-) -> tuple[tuple[Number, Number], Number, Number, Tensor | None]:
-    """((a_p, a_n), b, λ, ids of the rows [z1; z2]) from the checked arguments of :func:`mio_loss`.
+) -> tuple[MIONumbers, Tensor | None]:
+    """(numbers, ids of the rows [z1; z2]) from the checked arguments of :func:`mio_loss`.
 
     Errors name ``op``. ``processes`` share the batch, each with B rows of it.
     """
@@ -138,29 +152,31 @@ def mio_arguments(
             op, "negative_temperature", negative_temperature, like, positive=True
         )
     bias = 0.0 if bias is None else checks.check_number(op, "bias", bias, like)
+    negative_weight = checks.check_number(op, "negative_weight", negative_weight, like)
     regularizer = checks.check_number(op, "regularizer", regularizer, like)
     ids = None
     if labels is not None:
         checks.check_ids(op, "labels", labels, batch, z1)
         labels = labels.long()
         ids = torch.cat([labels, labels])
-    return (1 / temperature, 1 / negative_temperature), bias, regularizer, ids
+    return MIONumbers((1 / temperature, 1 / negative_temperature), bias, regularizer, negative_weight), ids
 
 
-def mio_weights(batch: int, dim: int, regularizer: Number, ids: Tensor | None) -> tuple[Number, Number, Number]:
+def mio_weights(batch: int, dim: int, numbers: MIONumbers, ids: Tensor | None) -> tuple[Number, Number, Number]:
     """(w_p, w_n, w_l) of eq. (12) for a whole batch; with the ids of all its N = 2B rows, of eq. (13)."""
     if ids is None:
         n = 2 * batch
-        return 1 / n, 1 / (n * (n - 2)), regularizer / (batch * dim)
-    return supervised_weights(2 * batch, dim, regularizer, _positives_per_row(ids, ids).sum())
+        return 1 / n, numbers.negative_weight / (n * (n - 2)), numbers.regularizer / (batch * dim)
+    return supervised_weights(2 * batch, dim, numbers, _positives_per_row(ids, ids).sum())
 
 
-def supervised_weights(n: int, dim: int, regularizer: Number, equal: Tensor) -> tuple[Number, Number, Number]:
+def supervised_weights(n: int, dim: int, numbers: MIONumbers, equal: Tensor) -> tuple[Number, Number, Number]:
     """(w_p, w_n, w_l) of eq. (13) for n rows, of which ``equal`` pairs, each row with itself too, share a label."""
     positives = equal.double() - n
     negatives = n * (n - 1) - positives
     # A label that all rows share leaves no negatives, and eq. (13) no negative term.
-    return 1 / positives, torch.where(negatives > 0, 1 / negatives, 0), 2 * regularizer / (positives * dim)
+    negative = torch.where(negatives > 0, 1 / negatives, 0)
+    return 1 / positives, numbers.negative_weight * negative, 2 * numbers.regularizer / (positives * dim)
 
 
 class SigLIPOptions(TypedDict, total=False):

@@ -37,7 +37,7 @@ class MIOLoss(_Loss):
     ``state_dict``; any other tensor moves with the module and is not.
 
     Args:
-        temperature, negative_temperature, regularizer, bias, backend: as in :func:`mio_loss`.
+        temperature, negative_temperature, regularizer, bias, backend, negative_weight: as in :func:`mio_loss`.
         gather_distributed: the batches of all processes of the default group are one, as
             :func:`mio_ext.distributed.mio_loss` has it. Otherwise every process is on its own under
             ``DistributedDataParallel`` too: its negatives are those of its own batch.
@@ -59,11 +59,13 @@ class MIOLoss(_Loss):
         bias: Number | None = None,
         backend: str = "auto",
         gather_distributed: bool = False,
+        negative_weight: Number = 1.0,
     ) -> None:
         """As the class says."""
         super().__init__()
         self._keep("temperature", temperature, positive=True)
         self._keep("negative_temperature", negative_temperature, positive=True, optional=True)
+        self._keep("negative_weight", negative_weight)
         self._keep("regularizer", regularizer)
         self._keep("bias", bias, optional=True)
         self.backend = backend
@@ -88,6 +90,7 @@ class MIOLoss(_Loss):
             z2,
             temperature=self.temperature,
             negative_temperature=self.negative_temperature,
+            negative_weight=self.negative_weight,
             regularizer=self.regularizer,
             bias=self.bias,
             labels=labels,
@@ -96,7 +99,8 @@ class MIOLoss(_Loss):
 
     def extra_repr(self) -> str:
         """The constructor's arguments, a learnt one with its value now."""
-        names = "temperature", "negative_temperature", "regularizer", "bias", "backend", "gather_distributed"
+        numbers = "temperature", "negative_temperature", "negative_weight", "regularizer", "bias"
+        names = *numbers, "backend", "gather_distributed"
         return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in names)
 
     if TYPE_CHECKING:  # nn.Module's own would take and return anything

@@ -11,12 +11,12 @@ Two views z1, z2 [B, D] of the same B samples; N = 2B, Z = [z1; z2], p(i) = (i +
     (3)  L_pos = 1/N          Σ_i                 softplus(−(s_{i,p(i)}/τ_p + b))
     (4)  L_neg = 1/(N(N−2))   Σ_i Σ_{j≠i, j≠p(i)} softplus( s_ij/τ_n + b)
     (5)  L_reg = λ · mean over the B·D elements of (ẑ1 − ẑ2)²
-    (6)  L     = L_pos + L_neg + L_reg
+    (6)  L     = L_pos + ω L_neg + L_reg
 
 The gradient, with G_ij = ∂L/∂s_ij over ordered pairs (symmetric, zero on the diagonal):
 
     (7)  G_{i,p(i)} = −σ(−s/τ_p − b) / (N τ_p)
-    (8)  G_ij       =  σ( s/τ_n + b) / (N(N−2) τ_n)      otherwise
+    (8)  G_ij       =  ω σ( s/τ_n + b) / (N(N−2) τ_n)    otherwise
     (9)  ∂L/∂ẑ_i    = 2 Σ_j G_ij ẑ_j + 2λ/(B·D) (ẑ_i − ẑ_{p(i)})
     (10) ∂L/∂z_i    = (I − ẑ_i ẑ_iᵀ) ∂L/∂ẑ_i / ‖z_i‖     for ‖z_i‖ > 1e-12, else 0
 
@@ -28,7 +28,8 @@ The form all losses share, for rows x [M, D] and columns y [K, D]:
     (11) ℓ_ij = a·(x_i·y_j) + b,   a = a_p on positive pairs, a_n on negative pairs
     (12) L    = w_p Σ_pos softplus(−ℓ) + w_n Σ_neg softplus(ℓ) + w_l/2 Σ_pos ‖x_i − y_j‖²
 
-MIO is (12) with x = y = Ẑ, a_p = 1/τ_p, a_n = 1/τ_n, w_p = 1/N, w_n = 1/(N(N−2)) and
+The weight ω of the negatives is 1 in MIO, N − 2 in SigCLR (arXiv 2410.17427), which sums them.
+MIO is (12) with x = y = Ẑ, a_p = 1/τ_p, a_n = 1/τ_n, w_p = 1/N, w_n = ω/(N(N−2)) and
 w_l = λ/(B·D): summed over the N ordered positive pairs, the last term is exactly (5). Its gradient is
 w_l (x_i − y_j) for x_i and w_l (y_j − x_i) for y_j, summed over positive pairs: the second term of (9), where x = y.
 
@@ -36,7 +37,7 @@ With labels (supervised MIO) the positives of a row are all other rows of its la
 and the negatives all rows of another label, Q ordered pairs; both terms stay means, and so does the
 regulariser, over the positive pairs' squared distances per element:
 
-    (13) L = 1/P Σ_pos softplus(−ℓ) + 1/Q Σ_neg softplus(ℓ) + λ/(P·D) Σ_pos ‖ẑ_i − ẑ_j‖²
+    (13) L = 1/P Σ_pos softplus(−ℓ) + ω/Q Σ_neg softplus(ℓ) + λ/(P·D) Σ_pos ‖ẑ_i − ẑ_j‖²
 
 Without labels P = N and Q = N(N−2), and (13) is (6). A term over no pairs is 0.
 
@@ -105,6 +106,7 @@ def mio_loss(
     *,
     temperature: float | Tensor = 0.5,
     negative_temperature: float | Tensor | None = None,
+    negative_weight: float | Tensor = 1.0,
     regularizer: float | Tensor = 1.0,
     bias: float | Tensor | None = None,
     labels: Tensor | None = None,
@@ -126,14 +128,14 @@ def mio_loss(
         loss_pos = torch.where(positive, softplus(-(s / tau_p + b)), 0).sum() / pairs
         loss_neg = torch.where(negative, softplus(s / tau_n + b), 0).sum() / negative.sum().clamp(min=1)
         squared_distance = torch.where(positive, (z[:, None] - z).square().sum(-1), 0).sum() / pairs
-        return loss_pos + loss_neg + regularizer * squared_distance / dim
+        return loss_pos + negative_weight * loss_neg + regularizer * squared_distance / dim
     index = torch.arange(n, device=z.device)
     partner = (index + batch) % n
     negative = (index[:, None] != index) & (partner[:, None] != index)
     loss_pos = softplus(-(s[index, partner] / tau_p + b)).sum() / n  # (3)
     loss_neg = torch.where(negative, softplus(s / tau_n + b), 0).sum() / (n * (n - 2))  # (4)
     loss_reg = regularizer * (z[:batch] - z[batch:]).square().mean()  # (5)
-    return loss_pos + loss_neg + loss_reg  # (6)
+    return loss_pos + negative_weight * loss_neg + loss_reg  # (6)
 
 
 def siglip_loss(

@@ -62,12 +62,15 @@ def assemble(config: Config, processes: Processes = ALONE, keep: bool = True) ->
     size = config.image_size or data.image_size or data.size
     stem = resolve_stem(config.stem, size, config.backbone)
     torch.manual_seed(config.seed)
-    model = build_model(config.backbone, data.channels, stem, config.projector, config.stem_padding, size).to(device)
+    model = build_model(
+        config.backbone, data.channels, stem, config.projector, config.stem_padding, size, config.width
+    ).to(device)
     if processes.count > 1:
         synchronize_batch_norm(model, device)
     ranges = ViewRanges(**{f.name: getattr(config, f.name) for f in fields(ViewRanges)})
     architecture = {
         "backbone": config.backbone,
+        "width": config.width,
         "channels": data.channels,
         "stem": stem,
         "stem_padding": config.stem_padding,

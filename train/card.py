@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mio_ext.encoder import TIMM, has_fixed_size, read_metadata
+from mio_ext.encoder import TIMM, WIDTH, has_fixed_size, read_metadata
 from train.probes import NEIGHBOURS
 from train.run_folder import (
     CARD,
@@ -25,6 +25,7 @@ from train.run_folder import (
 OBJECTIVES = {
     "mio": ("MIO", "https://arxiv.org/abs/2111.12664"),
     "simclr": ("NT-Xent (SimCLR)", "https://arxiv.org/abs/2002.05709"),
+    "sigclr": ("SigCLR", "https://arxiv.org/abs/2410.17427"),
     "siglip": ("the sigmoid loss of SigLIP", "https://arxiv.org/abs/2303.15343"),
 }
 CAPTIONS = {
@@ -78,7 +79,10 @@ features = encoder.features(images)  # [B, {channels}, {size}, {size}], uint8 or
 ```
 
 Mean {numbers(about["mean"])} and standard deviation {numbers(about["std"])} of the scale [0, 1], the stem and the image
-size are in the file's metadata. The keys are {"timm" if about["backbone"].startswith(TIMM) else "torchvision"}'s:
+size are in the file's metadata."""
+    if about.get("width", WIDTH) != WIDTH:  # nothing that torchvision's constructor makes
+        return text
+    text += f""" The keys are {"timm" if about["backbone"].startswith(TIMM) else "torchvision"}'s:
 
 ```python
 {network_code(about)}
@@ -139,17 +143,23 @@ def score_table(rows: dict[str, dict[str, float]]) -> list[str]:
 
 
 def training(about: dict[str, Any], start: dict[str, Any], config: dict[str, Any]) -> str:
+    width = f", first stage {config['width']} wide" if config.get("width", WIDTH) != WIDTH else ""
     options = {
         "loss": f"{OBJECTIVES[config['objective']][0]}, temperature {config['temperature']}",
-        "network": f"{about['backbone']}, {about['stem']} stem, projector {config['projector']}",
+        "network": f"{about['backbone']}, {about['stem']} stem{width}, projector {config['projector']}",
         "images": f"{about['image_size']} pixels, {about['channels']} channel(s)",
-        "length": f"{config['epochs']} epochs of batches of {config['batch_size']} images, two views each",
+        "length": f"{config['epochs']} epochs of batches of {config['batch_size']} images, "
+        f"{config.get('views', 2)} views each",
         "optimizer": f"{config['optimizer']}, learning rate {config['learning_rate']}, "
         f"weight decay {config['weight_decay']}",
         "seed": config["seed"],
     }
-    if config["objective"] == "mio":
+    if config["objective"] in ("mio", "sigclr"):
         options["loss"] += f", regulariser {config['regularizer']}"
+        if config.get("bias"):
+            options["loss"] += f", bias {config['bias']}"
+        if config.get("negative_weight", 1.0) != 1:
+            options["loss"] += f", weight of the negatives {config['negative_weight']:g}"
     rows = [f"| {key} | {value} |" for key, value in options.items()]
     versions = ", ".join(f"{key} {value}" for key, value in start["versions"].items())
     return "\n".join(

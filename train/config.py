@@ -28,6 +28,7 @@ from train.run_folder import CHECKPOINT
 PRESETS = Path(__file__).resolve().parent / "presets"
 DATASETS = PRESETS / "datasets.toml"
 RESNETS = ("resnet18", "resnet34", "resnet50")
+OBJECTIVES = ("mio", "simclr", "siglip", "sigclr")
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
@@ -66,7 +67,7 @@ class Config:
     batch_size: int = option(
         "optimisation",
         512,
-        "images per step over all processes, two views each; all their pairs are in the loss",
+        "images per step over all processes, --views of each; all their pairs are in the loss",
         least=2,
     )
     micro_batch_size: int | None = option(
@@ -93,15 +94,29 @@ class Config:
         choices=("auto", "float32", "bfloat16"),
     )
 
-    objective: str = option("loss", "mio", "what is minimised", choices=("mio", "simclr", "siglip"))
+    objective: str = option("loss", "mio", "what is minimised", choices=OBJECTIVES)
     temperature: float = option("loss", 0.5, "tau of positive and negative pairs", above=0)
+    negative_temperature: float | None = option("loss", None, "tau of negative pairs; none: the same", above=0)
+    negative_weight: float = option(
+        "loss", 1.0, "omega of mio, on the mean over negative pairs; sigclr is mio with N - 2 times as much", least=0
+    )
     regularizer: float = option("loss", 1.0, "lambda of mio, weight of the squared distance", least=0)
-    bias: float = option("loss", 0.0, "added to every logit of mio and siglip")
-    learn_scale: bool = option("loss", False, "learn temperature and bias of mio or siglip with the model")
+    bias: float = option("loss", 0.0, "added to every logit, not of simclr")
+    views: int = option(
+        "loss", 2, "views of an image per step, an even number, all of them positive pairs; mio and sigclr", least=2
+    )
+    learn_scale: bool = option("loss", False, "learn temperature and bias with the model, not of simclr")
+    learn_bias: bool = option("loss", False, "learn the bias with the model, at a fixed temperature; not of simclr")
+    scale_learning_rate: float | None = option(
+        "optimisation", None, "peak for a learnt temperature and bias; none: --learning-rate", above=0
+    )
     loss_backend: str = option("run", "auto", "what computes the loss", choices=BACKENDS)
 
     backbone: str = option(
         "model", "resnet18", f"torchvision's {', '.join(RESNETS)}, or timm:NAME, a ViT say, which takes AdamW better"
+    )
+    width: int = option(
+        "model", 64, "channels of a ResNet's first stage, doubled three times; 64: torchvision's", least=1
     )
     stem: str = option(
         "model",
@@ -166,13 +181,21 @@ class Config:
             check_range(f.name, getattr(self, f.name), f.metadata)
         if self.crop_area[0] > self.crop_area[1]:
             raise UserError(f"--crop-area must be the smaller share, then the larger, got {list(self.crop_area)}")
-        if self.objective == "simclr" and (self.learn_scale or self.bias):
-            raise UserError("--bias and --learn-scale belong to mio and siglip, not to --objective simclr")
+        if self.objective == "simclr" and (self.learn_scale or self.learn_bias or self.bias):
+            raise UserError("--bias, --learn-bias and --learn-scale are not for --objective simclr: it has no logits")
+        if self.objective not in ("mio", "sigclr"):
+            for name in ("negative_temperature", "negative_weight", "views"):
+                if getattr(self, name) != getattr(Config, name):
+                    raise UserError(f"{flag(name)} belongs to mio and sigclr, not to --objective {self.objective}")
+        if self.views % 2:
+            raise UserError(f"--views must be even, got {self.views}")
+        if self.negative_temperature is not None and self.learn_scale:
+            raise UserError("--learn-scale learns one temperature for all pairs: drop --negative-temperature")
+        if self.scale_learning_rate is not None and not (self.learn_scale or self.learn_bias):
+            raise UserError("--scale-learning-rate needs --learn-scale or --learn-bias")
         if self.backbone.startswith(TIMM):
-            if self.stem != "auto" or not self.stem_padding:
-                raise UserError(
-                    f"--stem and --no-stem-padding belong to ResNets: {self.backbone} has a stem of its own"
-                )
+            if self.stem != "auto" or not self.stem_padding or self.width != Config.width:
+                raise UserError(f"--stem, --no-stem-padding and --width belong to ResNets: {self.backbone} has its own")
         elif self.backbone not in RESNETS:
             raise UserError(f"--backbone must be one of {', '.join(RESNETS)} or timm:NAME, got {self.backbone!r}")
         if not self.projector:

@@ -30,7 +30,7 @@ from train.run_folder import CHECKPOINT, ENCODER, load_checkpoint, write_atomica
 
 
 def export_encoder(backbone: nn.Module, architecture: dict[str, object], path: Path) -> None:
-    """``architecture``: backbone, channels, stem, stem_padding, image_size, mean and std.
+    """``architecture``: backbone, width, channels, stem, stem_padding, image_size, mean and std.
 
     Raises:
         UserError: the file cannot be written.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mio_ext.encoder import TIMM, build_backbone
+from mio_ext.encoder import TIMM, WIDTH, build_backbone
 from train.errors import UserError
 
 SMALL_IMAGE = 64  #: pixels up to which stem "auto" keeps the resolution
@@ -55,6 +55,7 @@ def build_model(
     projector: Sequence[int],
     stem_padding: bool = True,
     image_size: int = 224,
+    width: int = WIDTH,
 ) -> PretrainModel:
     """Backbone and projector in channels_last, which is faster or as fast on every device we measured.
 
@@ -62,7 +63,7 @@ def build_model(
         UserError: timm is missing, has no such model, or the model takes no images of this size.
     """
     try:
-        backbone, features = build_backbone(name, channels, stem, stem_padding, image_size)
+        backbone, features = build_backbone(name, channels, stem, stem_padding, image_size, width)
     except ValueError as error:
         raise UserError(f"--backbone {name}: {error}") from error
     model = PretrainModel(backbone, Projector(features, projector))

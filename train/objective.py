@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is minimised: MIO, NT-Xent (SimCLR) as the baseline, or SigLIP's sigmoid loss between two views."""
+"""What is minimised: MIO (SigCLR is a setting of it), NT-Xent (SimCLR) as the baseline, or SigLIP between two views."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 class Objective(nn.Module):
     """Embeddings of two views [B, D] to (loss, statistics of the pairs).
 
+    Of more views, B rows each, z1 has the first half and z2 the other: ids make all rows of an image positive.
+
     The statistics are those of MIO with this temperature's critic, whatever is minimised, so that runs
     compare; see :class:`mio_ext.reference.PairStats`. Both are of the whole batch where processes share it.
     """
@@ -40,24 +42,50 @@ class Objective(nn.Module):
         super().__init__()
         self.name, self.backend, self.regularizer = config.objective, config.loss_backend, config.regularizer
         self.temperature, self.bias = config.temperature, config.bias
+        self.negative_temperature, self.negative_weight = config.negative_temperature, config.negative_weight
+        self.views = config.views
+        if self.name == "sigclr":  # the sum over a row's negatives in the place of their mean
+            self.negative_weight *= self.views * (config.batch_size - 1)
         self.log_temperature = self.learnt_bias = None
         if config.learn_scale:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
+        if config.learn_scale or config.learn_bias:
             self.learnt_bias = nn.Parameter(torch.tensor(float(config.bias)))
+
+    @property
+    def pairwise(self) -> bool:
+        """MIO with its knobs, and SigCLR, which is one setting of them."""
+        return self.name in ("mio", "sigclr")
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of :func:`mio_ext.mio_loss`, as they are now."""
+        temperature, bias = self.critic()
+        return {
+            "temperature": temperature,
+            "negative_temperature": self.negative_temperature,
+            "negative_weight": self.negative_weight,
+            "regularizer": self.regularizer,
+            "bias": bias,
+        }
 
     def critic(self) -> tuple[float | Tensor, float | Tensor]:
         """Temperature and bias as they are now."""
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.exp()
         return temperature, self.bias if self.learnt_bias is None else self.learnt_bias
 
+    def ids(self, z1: Tensor) -> Tensor | None:
+        """The image of each row of z1, over all processes, where there are more than two views."""
+        if self.views == 2:
+            return None
+        rank, _ = distributed.place("mio_loss", None)
+        images = len(z1) // (self.views // 2)
+        return (rank * images + torch.arange(images, device=z1.device)).repeat(self.views // 2)
+
     def gradient_norms(self, z: Tensor) -> dict[str, float]:
-        """Norms of MIO's dL/dz [2B, D] and of its parts, docs/theory.md eq. (23)-(25); nothing for another loss."""
-        if self.name != "mio":
+        """Norms of MIO's dL/dz [2B, D] and of its parts, docs/theory.md eq. (23)-(25), of two views."""
+        if not self.pairwise or self.views > 2:
             return {}
-        temperature, bias = self.critic()
-        parts = analysis.gradient_parts(
-            *z.chunk(2), temperature=temperature, regularizer=self.regularizer, bias=bias, backend=self.backend
-        )
+        parts = analysis.gradient_parts(*z.chunk(2), **self.numbers(), backend=self.backend)
         return {
             f"{name}_norm": float(part.norm()) for name, part in (*parts._asdict().items(), ("gradient", parts.total))
         }
@@ -65,15 +93,9 @@ class Objective(nn.Module):
     def forward(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Any]:
         temperature, bias = self.critic()
         result: Any  # with statistics a pair, else a tensor
-        if self.name == "mio":
+        if self.pairwise:
             result = distributed.mio_loss(
-                z1,
-                z2,
-                temperature=temperature,
-                regularizer=self.regularizer,
-                bias=bias,
-                backend=self.backend,
-                return_stats=True,
+                z1, z2, **self.numbers(), labels=self.ids(z1), backend=self.backend, return_stats=True
             )
             loss, stats = result
             return loss, stats

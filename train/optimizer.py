@@ -12,23 +12,35 @@ from torch import nn
 from train.config import Config
 from train.errors import UserError
 
+CRITIC = ("log_temperature", "learnt_bias")  #: of train.objective.Objective
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_shortcuts: bool = False) -> list[dict[str, Any]]:
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Weight decay (and LARS's trust ratio) on matrices and filters only, none on biases and batch norm.
 
-    ``decay_shortcuts`` also decays what the paper's code missed by going by names: the batch norm of the
-    shortcuts, which torchvision calls ``downsample.1``.
+    ``--decay-shortcuts`` also decays what the paper's code missed by going by names: the batch norm of the
+    shortcuts, which torchvision calls ``downsample.1``. With ``--scale-learning-rate`` the temperature and bias of
+    the objective are a group of their own; ``share`` of the peak learning rate is each group's.
     """
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
+    critic: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        missed = decay_shortcuts and "downsample" in name
+        missed = config.decay_shortcuts and "downsample" in name
+        if config.scale_learning_rate is not None and name.endswith(CRITIC):
+            critic.append(parameter)
+            continue
         (decayed if parameter.ndim > 1 or missed else spared).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    if config.scale_learning_rate is not None:
+        groups.append(
+            {"params": critic, "weight_decay": 0.0, "share": config.scale_learning_rate / config.learning_rate}
+        )
+    return groups
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config.weight_decay, config.decay_shortcuts)
+    groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
     if config.optimizer == "adamw":

@@ -88,12 +88,13 @@ class Trainer:
         return prefetch(images, (indices[share] for indices in whole), self.setup.device)
 
     def backward(self, images: Tensor, step: int) -> tuple[Tensor, Any, Tensor]:
-        """(loss, pair statistics, own embeddings [2B, D]) of images [B, C, H, W] uint8; gradients in the parameters."""
+        """(loss, pair statistics, own embeddings [VB, D]) of images [B, C, H, W] uint8; gradients in the parameters."""
         own, views = len(images), self.views_of(images, step)
         micro = min(self.config.micro_batch_size or own, own)
-        # Rows of the first and second views, in the order in which the encoder sees them.
-        order = torch.arange(2 * own, device=images.device).view(2, own)
-        if self.config.forward == "fused":  # batch norm sees both views of an image at once
+        # Rows of the first views, the second ..., in the order in which the encoder sees them.
+        count = self.config.views
+        order = torch.arange(count * own, device=images.device).view(count, own)
+        if self.config.forward == "fused":  # batch norm sees all views of an image at once
             pieces = [torch.cat([part.flatten() for part in order.split(micro, dim=1)])]
         else:
             pieces = list(order)
@@ -111,7 +112,7 @@ class Trainer:
             return self.encode(views(rows))
 
         if micro < own:
-            size = micro * (2 if self.config.forward == "fused" else 1)
+            size = micro * (count if self.config.forward == "fused" else 1)
             loss = backward_in_micro_batches(encoder, pieces, loss_of, size, modules=[self.network])
         else:
             loss = loss_of(*map(encoder, pieces))
@@ -119,12 +120,13 @@ class Trainer:
         return loss, *seen
 
     def views_of(self, images: Tensor, step: int) -> Callable[[Tensor], Tensor]:
-        """From rows of [first views; second views] of own images to those views, [n, C, size, size]."""
+        """From rows of [first views; second views; ...] of own images to those views, [n, C, size, size]."""
         device, preprocess, batch = self.setup.device, self.setup.preprocess, self.config.batch_size
-        parameters = preprocess.draw(2 * batch, generator_for(device, self.config.seed, 1, step))
-        if self.processes.count > 1:  # of the whole batch's first and second views, the own ones
+        count = self.config.views * batch
+        parameters = preprocess.draw(count, generator_for(device, self.config.seed, 1, step))
+        if self.processes.count > 1:  # of the whole batch's views, the own ones
             share = self.processes.share(batch)
-            parameters = parameters.rows(torch.arange(2 * batch, device=device).view(2, batch)[:, share].flatten())
+            parameters = parameters.rows(torch.arange(count, device=device).view(-1, batch)[:, share].flatten())
         return lambda rows: preprocess.function(images[rows % len(images)], parameters.rows(rows))
 
     def encode(self, views: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ class Trainer:
             for images in self.batches(self.step, last):
                 rate = learning_rate(self.step // unit, schedule, warmup, config.learning_rate)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("share", 1.0)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss, stats, z = self.backward(images, self.step)
                 self.optimizer.step()

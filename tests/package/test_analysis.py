@@ -14,10 +14,10 @@ import mio_ext
 from mio_ext import analysis, reference
 from mio_ext.analysis import BatchNorm
 
-TERMS = {"temperature": 0.3, "negative_temperature": 0.7, "regularizer": 1.3, "bias": -0.4}
+TERMS = {"temperature": 0.3, "negative_temperature": 0.7, "regularizer": 1.3, "bias": -0.4, "negative_weight": 2.5}
 
 
-def three_terms(z1, z2, temperature, negative_temperature, regularizer, bias):
+def three_terms(z1, z2, temperature, negative_temperature, regularizer, bias, negative_weight):
     """L_pos, L_neg and L_reg of eq. (3)-(5), each with its own graph."""
     n, batch = 2 * len(z1), len(z1)
     z = reference.normalized(torch.cat([z1, z2]))
@@ -27,7 +27,7 @@ def three_terms(z1, z2, temperature, negative_temperature, regularizer, bias):
     negative = (index[:, None] != index) & (partner[:, None] != index)
     return (
         reference.softplus(-(s[index, partner] / temperature + bias)).mean(),
-        reference.softplus(s[negative] / negative_temperature + bias).mean(),
+        negative_weight * reference.softplus(s[negative] / negative_temperature + bias).mean(),
         regularizer * (z[:batch] - z[batch:]).square().mean(),
     )
 
@@ -70,7 +70,7 @@ class TestGradientParts:
                     expected[2, i] -= 2 * 1.3 / (batch * dim) * tangent
                 elif j != i:
                     sigma = 1 / (1 + math.exp(-s / 0.7 + 0.4))
-                    expected[1, i] += 2 * sigma / (n * (n - 2) * 0.7) * tangent
+                    expected[1, i] += 2.5 * 2 * sigma / (n * (n - 2) * 0.7) * tangent
         for part, exact in zip(analysis.gradient_parts(z1, z2, **TERMS), expected, strict=True):
             assert relative_error(part, exact) < 1e-10
             assert (part * z).sum(1).abs().max() < 1e-15  # tangent: a step cannot shorten a row

@@ -53,7 +53,13 @@ def mio_whole(batch, dim, dtype, numbers, labels, seed, function=reference.mio_l
     return loss.detach(), torch.autograd.grad(8 * loss, [z1, z2, *learnt.values()])
 
 
-ALL_NUMBERS = {"temperature": 0.3, "negative_temperature": 0.7, "regularizer": 1.5, "bias": -0.4}
+ALL_NUMBERS = {
+    "temperature": 0.3,
+    "negative_temperature": 0.7,
+    "regularizer": 1.5,
+    "bias": -0.4,
+    "negative_weight": 2.5,
+}
 
 
 SHAPES = [(2, 2, 3, "cpu"), (2, 34, 20, "cpu"), (3, 99, 33, "cpu"), (4, 260, 64, "cpu"), (3, 12, 5, "reference")]

@@ -118,7 +118,7 @@ def test_nan_and_inf_reach_the_loss(bad, batch, backend):
 def test_gradients_of_numbers(shape, backend):
     name, device = backend
     z1, z2 = views(33, 7, device=device)
-    values = {"temperature": 0.3, "negative_temperature": 0.6, "bias": -1.2, "regularizer": 0.8}
+    values = {"temperature": 0.3, "negative_temperature": 0.6, "bias": -1.2, "regularizer": 0.8, "negative_weight": 2.5}
     numbers = {k: torch.full(shape, v, device=device, requires_grad=True) for k, v in values.items()}
     exact = {k: torch.full(shape, v, dtype=torch.float64, device=device, requires_grad=True) for k, v in values.items()}
     mio_loss(z1, z2, backend=name, **numbers).mul(0.5).backward()

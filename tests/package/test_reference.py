@@ -38,12 +38,13 @@ def test_general_form_equals_mio():
         torch.cat([z1, z2]),
         scale=(1 / 0.3, 1 / 0.2),
         bias=-0.4,
-        weights=(1 / n, 1 / (n * (n - 2)), 2.5 / (batch * dim)),
+        weights=(1 / n, 1.7 / (n * (n - 2)), 2.5 / (batch * dim)),
         shift=batch,
         exclude_self=True,
         normalize=True,
     )
-    mio = reference.mio_loss(z1, z2, temperature=0.3, negative_temperature=0.2, regularizer=2.5, bias=-0.4)
+    numbers = {"temperature": 0.3, "negative_temperature": 0.2, "regularizer": 2.5, "bias": -0.4}
+    mio = reference.mio_loss(z1, z2, negative_weight=1.7, **numbers)
     torch.testing.assert_close(general, mio, rtol=1e-13, atol=0)
     assert (stats.positives, stats.negatives) == (n, n * (n - 2))
 
@@ -55,18 +56,30 @@ def test_labels_of_their_own_change_nothing():
     )
 
 
+def test_weighted_by_the_number_of_negatives_it_is_sigclr():
+    z1, z2 = views(6, 5, torch.float64)
+    n, tau, b = 12, 0.2, -3.0
+    logits = F.cosine_similarity((z := torch.cat([z1, z2]))[:, None], z[None], dim=-1) / tau + b
+    row = torch.arange(n)
+    target = F.one_hot((row + 6) % n, n).double()
+    per_row = F.binary_cross_entropy_with_logits(logits, target, weight=1 - torch.eye(n), reduction="sum") / n
+    actual = reference.mio_loss(z1, z2, temperature=tau, bias=b, negative_weight=n - 2.0, regularizer=0.0)
+    torch.testing.assert_close(actual, per_row, rtol=1e-12, atol=0)
+
+
 def test_gradient_is_equations_7_to_10():
-    batch, dim, tau_p, tau_n, lam, b = 6, 5, 0.3, 0.7, 1.3, -0.2
+    batch, dim, tau_p, tau_n, weight, lam, b = 6, 5, 0.3, 0.7, 3.0, 1.3, -0.2
     z1, z2 = views(batch, dim, torch.float64)
     n = 2 * batch
-    loss = reference.mio_loss(z1, z2, temperature=tau_p, negative_temperature=tau_n, regularizer=lam, bias=b)
+    numbers = {"temperature": tau_p, "negative_temperature": tau_n, "negative_weight": weight}
+    loss = reference.mio_loss(z1, z2, **numbers, regularizer=lam, bias=b)
     grad = torch.cat(torch.autograd.grad(loss, [z1, z2]))
 
     z = torch.cat([z1, z2]).detach()
     norm = z.norm(dim=1, keepdim=True)
     unit = z / norm
     s = unit @ unit.T
-    g = torch.sigmoid(s / tau_n + b) / (n * (n - 2) * tau_n)  # (8)
+    g = weight * torch.sigmoid(s / tau_n + b) / (n * (n - 2) * tau_n)  # (8)
     i = torch.arange(n)
     p = (i + batch) % n
     g[i, p] = -torch.sigmoid(-s[i, p] / tau_p - b) / (n * tau_p)  # (7)

@@ -46,7 +46,7 @@ def own(tensor, sizes):
 
 
 NUMBERS = {
-    "mio": {"temperature": 0.3, "negative_temperature": 0.7, "regularizer": 1.5, "bias": -0.4},
+    "mio": {"temperature": 0.3, "negative_temperature": 0.7, "regularizer": 1.5, "bias": -0.4, "negative_weight": 2.5},
     "siglip": {"logit_scale": 9.0, "logit_bias": -6.0},
 }
 

@@ -56,7 +56,7 @@ def test_the_printed_options_are_a_file_of_options(tmp_path, capsys):
         ("temperature = nan", "--temperature must be greater than 0, got nan"),
         ('backbone = "vit"', "--backbone must be one of resnet18, resnet34, resnet50 or timm:NAME, got 'vit'"),
         ("epochs = ", "my.toml is not valid TOML"),
-        ('preset = "moco"', "--preset must be one of mio, mio-v1, siglip-ssl, simclr, got 'moco'"),
+        ('preset = "moco"', "--preset must be one of mio, mio-v1, sigclr, siglip-ssl, simclr, got 'moco'"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(text, message, tmp_path):

@@ -159,7 +159,10 @@ MISTAKES = [
     (["--accumulate-steps", "2"], "unrecognized arguments: --accumulate-steps 2"),
     (["--crop-area", "0.9", "0.2"], r"--crop-area must be the smaller share, then the larger, got \[0.9, 0.2\]"),
     (["--flip", "1.5"], "--flip must be at most 1, got 1.5"),
-    (["--objective", "simclr", "--learn-scale"], "--bias and --learn-scale belong to mio and siglip"),
+    (
+        ["--objective", "simclr", "--learn-scale"],
+        "--bias, --learn-bias and --learn-scale are not for --objective simclr",
+    ),
     (["--preset", "moco"], "--preset must be one of mio, mio-v1, siglip-ssl, simclr, got 'moco'"),
     (["--data", "imagenet"], "--data must be digits, cifar10, .*, got 'imagenet'"),
     (["--data", "folder:/nowhere/at/all"], "--data folder:/nowhere/at/all: no such folder"),

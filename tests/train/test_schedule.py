@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
+from train.config import Config
 from train.data import random_batches
 from train.model import build_model
 from train.optimizer import learning_rate, parameter_groups
@@ -38,7 +39,7 @@ def test_batches_cover_an_epoch_once_and_are_shuffled():
 
 def test_weight_decay_spares_biases_and_batch_norm():
     model = build_model("resnet18", 1, "3x3", (16, 8))
-    decayed, spared = parameter_groups(model, 0.1)
+    decayed, spared = parameter_groups(model, Config(weight_decay=0.1))
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
     batch_norm = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)]

@@ -96,7 +96,7 @@ def test_other_models_train_a_step(name, size, capsys):
         (["--backbone", "timm:hf-hub:me/mine"], "has no model 'hf-hub:me/mine'"),
         (["--image-size", "40"], r"takes no images of 40 pixels: its patches of 16 pixels fill images of 16, 32, 48, "),
         (["--backbone", "timm:test_convnext", "--image-size", "8"], "test_convnext takes no images of 8 pixels: "),
-        (["--stem", "3x3"], "--stem and --no-stem-padding belong to ResNets: timm:test_vit has a stem of its own"),
+        (["--stem", "3x3"], "--stem, --no-stem-padding and --width belong to ResNets: timm:test_vit has its own"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(options, message, capsys):
