@@ -57,6 +57,7 @@ struct Workspace {
   Prepared x, y;
   PairSums* records;
   int n_records;
+  float* totals;
   unsigned* tickets;  // of both sweeps
   int n_tickets;
   float* parts;
@@ -78,6 +79,8 @@ struct Workspace {
       n_tickets = 1;
     }
     records = carver.take<PairSums>(n_records);
+    const int64_t row_blocks = ceil_div(in.m > in.k ? in.m : in.k, kSmallestBlockM);
+    totals = carver.take<float>(uses_hopper(in) ? 2 * row_blocks * padded_width(in) : 0);
     tickets = carver.take<unsigned>(n_tickets);
     parts = carver.take<float>(is_fused(in) && (in.dx || in.dy) ? kSplitBytes / 4 : 0);
     bytes = carver.used();
@@ -131,6 +134,7 @@ void run(const PairwiseBCECuda& in, Stream stream) {
   sweep.loss = true;
   sweep.gradient_times = in.y.data ? 1 : 2;
   sweep.records = work.records;
+  sweep.totals = work.totals;
   sweep.pairs = pairs_of(in);
   if (in.dx || !in.dy) {
     sweep.rows = work.x, sweep.cols = work.y;

@@ -105,6 +105,7 @@ struct Tile {
   static constexpr int kBlockN = kBytes == 4 && kWidth == 256 ? 16 : 32;
   static constexpr int kStages = kBytes == 2 ? 3 : 2;
   static constexpr int kBlocksPerMultiprocessor = 2;
+  static constexpr bool kProductsInLoop = true;  // their sums
 
   static constexpr int kSteps = kPartBytes / 32;  // of a matrix instruction along the features
   static constexpr int kFactorsAt = kBlockN * kRowBytes;
@@ -127,6 +128,7 @@ struct HopperTile {
   static constexpr int kBlockM = kConsumerRows * kConsumers;
   static constexpr int kBlockN = kWidth == 256 ? 64 : 128;
   static constexpr int kStages = 4;
+  static constexpr bool kProductsInLoop = false;
   // Registers a thread: 65,536 in all, less than a third of them until producer and consumers divide them up.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 

@@ -163,5 +163,6 @@ void fewer_registers() {}
 template <int kRegisters>
 void more_registers() {}
 inline void trap() { emulator::fail("a trap"); }
+inline int uniform(int v) { return v; }
 
 }  // namespace mio_ext
