@@ -2,86 +2,103 @@
 """How many clocks a tile of the fused Hopper kernel should take: replays the machine code of its main loop.
 
     FORCE_CUDA=1 python setup.py build_ext && python benchmarks/cuda_replay.py
-    python benchmarks/cuda_replay.py --form any --law fifo kernel.sm_90a.cubin
+    python benchmarks/cuda_replay.py kernel.sm_90a.cubin
 
 One scheduler of a multiprocessor stands for all four: each has one warp of every consumer. A warp issues in order, one
-instruction a clock for all warps, after the clocks and the scoreboards that the assembler wrote into the instruction
-before (they are in the encoding that nvdisasm -hex prints). Pipes take a warp's instruction for some clocks, and the
-tensor cores run beside them. Tiles are always there, and a multiprocessor's four schedulers never get in each other's
-way.
+instruction a clock for all warps, as the stall counts and scoreboards say that the assembler writes into every
+instruction (nvdisasm -hex prints them). A pipe takes a warp's instruction for some clocks; the tensor core works on
+products beside that, of the warps in turn, and holds back a warp that has two of them waiting. Tiles are always there.
 
-What NVIDIA does not say, how the tensor cores take products of two warps, is a law to choose, --law, which the
-measurements in benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json judge; docs/cuda.md has the outcome.
+How much the other pipes get done while a tensor core is busy is not documented. So each kernel is replayed twice:
+"beside" as if the two never met, and "behind" with the share of issue slots, BEHIND, that gives D = 128 the 4,060
+clocks of the profile in docs/cuda.md. D = 64 and 256, and the share of clocks without a warp to issue, are then a test.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
 import re
-import subprocess
 import sys
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.cuda_resources import cubins, kernel_name, shapes
+from benchmarks.cuda_resources import cubins, kernel_name, run, shapes
 from benchmarks.harness.machine_code import main_loop, tool
 from benchmarks.harness.paths import ROOT
 
-#: Clocks that a warp's instruction keeps its pipe busy, and until its result is there where a scoreboard tells. From
-#: the throughputs of the CUDA programming guide: 128 float32, 64 integer and 16 special results a clock for 4 pipes.
-MUFU, ALU, FMA, LSU, UNIFORM = "MUFU", "ALU", "FMA", "LSU", "UNIFORM"
-BUSY = {MUFU: 8, ALU: 2, FMA: 1, LSU: 4, UNIFORM: 2}
-LATENCY = {MUFU: 22, ALU: 6, FMA: 6, LSU: 33, UNIFORM: 12}
-ON_FMA = ("FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "UIMAD")
+#: Clocks that a warp's instruction keeps its pipe, a quarter of a multiprocessor's: by the throughputs in the CUDA
+#: programming guide, 128 float32, 64 integer and 16 special results a clock. Then clocks to a result, where a
+#: scoreboard tells of it.
+PIPES = {"special": (8, 22), "integer": (2, 6), "float": (1, 6), "memory": (4, 33), "uniform": (2, 12)}
 TENSOR_RATE = 512  #: multiply-adds a clock of a scheduler's tensor core
-SHARED_RATE = 128  #: bytes a clock, of all four
-POLICY_RR = True
-SHARE = 1.0
-DRAIN = 32  #: clocks from a product's last multiply-add to the warp that waits for it
-BARRIER = 24  #: clocks from a barrier's last arrival to those who wait
+SHARED_RATE = 128  #: bytes a clock, for all four
+QUEUE = 2  #: products of a warp that wait for the tensor core before it may issue no more
+DRAIN, BARRIER = 32, 24  #: clocks from a product's or a barrier's end to the warp that waits for it
+BESIDE, BEHIND = 1.0, 0.12
+ROUNDS, WARM = 16, 4  #: tiles
+HEAD = (
+    "kernel                terms    consumers  instructions  pipes meet  clocks a tile  tensor  issued  no warp ready"
+)
+ROW = "{:<21} {:<8} {:>9} {:>13} {:>11} {:>14.0f} {:>6.0f}% {:>6.0f}% {:>10.0f}%"
 
 
 class Instruction(NamedTuple):
     op: str
     text: str
-    stall: int
+    stall: int  #: clocks to the warp's next
     sets: tuple[int, ...]  #: scoreboards
-    waits: int  #: mask of scoreboards
+    waits: tuple[int, ...]
 
+    @property
+    def pipe(self) -> str:
+        name = self.op.split(".")[0]
+        if name == "MUFU":
+            return "special"
+        if name in ("LDS", "LDC", "S2R", "SYNCS"):
+            return "memory"
+        if name.startswith(("U", "R2UR")):
+            return "uniform"
+        return "float" if name in ("FADD", "FMUL", "FFMA", "IMAD") else "integer"
 
-class Product(NamedTuple):
-    clocks: float
-    registers: bool  #: the left operand is in registers
-
-
-def pipe(op: str) -> str:
-    name = op.split(".")[0]
-    if name == "MUFU":
-        return MUFU
-    if name in ("LDS", "STS", "LDG", "STG", "SYNCS", "LDC", "S2R"):
-        return LSU
-    if name == "R2UR" or name.startswith("U"):
-        return UNIFORM
-    return FMA if name.startswith(ON_FMA) else ALU
+    @property
+    def product_clocks(self) -> float:
+        """Of a product of four warps: 64 rows, of which a scheduler has 16, and its operands from shared memory."""
+        n = int(re.findall(r"64x(\d+)x16", self.op)[0])
+        shared = 2 * 16 * (n + (0 if ".tnspB" in self.text else 64))
+        return max(16 * 16 * n / TENSOR_RATE, shared / SHARED_RATE)
 
 
 def decode(line: str, more: str) -> Instruction | None:
-    """Of the two lines that nvdisasm -hex prints of an instruction; the second has its control bits."""
-    found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;\s*/\*", line)
+    """Of the two lines of an instruction; the second has the control bits, 41 of its word on."""
+    code = re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;\s*/\*", line)
     word = re.search(r"/\* 0x([0-9a-f]{16}) \*/", more)
-    if not found or not word:
+    if not code or not word:
         return None
-    text = found[1]
     control = int(word[1], 16) >> 41
-    stall, write, read, waits = control & 15, control >> 5 & 7, control >> 8 & 7, control >> 11 & 63
-    op = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
-    return Instruction(op, text, stall, tuple(b for b in (write, read) if b < 6), waits)
+    sets = tuple(board for board in (control >> 5 & 7, control >> 8 & 7) if board < 6)
+    waits = tuple(board for board in range(6) if control >> 11 >> board & 1)
+    return Instruction(re.sub(r"^@!?U?P\w+\s+", "", code[1]).split()[0], code[1], control & 15, sets, waits)
 
 
-def trace(loop: str, logits: int, form: str) -> list[Instruction]:
-    """The shortest way around a main loop through the block of code that has this form of the terms."""
+def way(steps: list[Instruction], labels: dict[str, int], first: int, last: int) -> list[int]:
+    """The shortest from one instruction to a later one, the first left out: jumps over what is rarely done."""
+    ways: dict[int, list[int]] = {first: []}
+    for at in range(first, last):
+        if at not in ways:
+            continue
+        jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", steps[at].text)
+        following = [] if jump and not steps[at].text.startswith("@") else [at + 1]
+        if jump and jump[1] in labels:
+            following.append(labels[jump[1]])
+        for to in following:
+            if at < to <= last and (to not in ways or len(ways[to]) > len(ways[at]) + 1):
+                ways[to] = [*ways[at], to]
+    return ways[last]
+
+
+def trace(loop: str, logits: int, bounded: bool) -> list[Instruction]:
+    """Once around a main loop, with one form of the terms: each is a block of code with all logits, or half."""
     steps: list[Instruction] = []
     labels: dict[str, int] = {}
     lines = loop.splitlines()
@@ -90,160 +107,149 @@ def trace(loop: str, logits: int, form: str) -> list[Instruction]:
             labels[label[1]] = len(steps)
         elif step := decode(line, more):
             steps.append(step)
-    leaders = sorted({*labels.values(), 0, len(steps)})
-    forms = []
-    for start, end in zip(leaders, leaders[1:], strict=False):
-        special = [s.op for s in steps[start:end] if s.op.startswith("MUFU")]
-        if sum(op == "MUFU.EX2" for op in special) >= logits:
-            forms.append((len(special), end - start, start, end))
-    bounded, rest = min(forms), sorted(forms[:], key=lambda f: f[1])
-    start, end = {"bounded": bounded, "any": [f for f in rest if f != bounded][1 if len(rest) > 2 else 0]}[form][2:]
-
-    def way(first: int, last: int) -> list[int]:
-        heap, seen = [(0, first, [first])], set()
-        while heap:
-            cost, at, path = heapq.heappop(heap)
-            if at == last:
-                return path
-            if at in seen:
-                continue
-            seen.add(at)
-            target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", steps[at].text)
-            following = [labels[target[1]]] if target and target[1] in labels else []
-            if not target or steps[at].text.startswith("@"):
-                following.append(at + 1)
-            for n in following:
-                if n < len(steps) and n > at:
-                    heapq.heappush(heap, (cost + 1, n, [*path, n]))
-        raise ValueError("no way through the loop")
-
-    path = way(0, start)[:-1] + list(range(start, end - 1)) + way(end - 1, len(steps) - 1)
-    return [steps[i] for i in path]
+    starts = sorted({0, *labels.values()})
+    blocks = []
+    for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
+        special = [step.op for step in steps[start:end] if step.pipe == "special"]
+        blocks.append((special.count("MUFU.EX2"), len(special), end - start, start, end))
+    times = 1 if max(blocks)[0] >= logits else 2
+    forms = [block[1:] for block in blocks if block[0] >= logits // times]
+    each = len(forms) // times
+    at, path = 0, [0]
+    for i in range(0, each * times, each):
+        # Bounded: fewest special functions; without the loss, any, crossed by a diagonal: ever more instructions.
+        least, *others = sorted(forms[i : i + each])
+        chosen = least if bounded else sorted(others, key=lambda form: form[1])[1]
+        start, end = chosen[2:]
+        path += [*way(steps, labels, at, start), *range(start + 1, end)] if start > at else list(range(1, end))
+        at = end - 1
+    return [steps[i] for i in path + way(steps, labels, at, len(steps) - 1)]
 
 
 class Warp:
-    def __init__(self, steps: list[Instruction]) -> None:
-        self.steps = steps
+    def __init__(self) -> None:
         self.at = self.rounds = 0
-        self.ready = 0.0
+        self.ready = self.drained = 0.0
         self.boards = [0.0] * 6  #: when each is clear
-        self.queue: deque[tuple[float, bool]] = deque()  #: clocks of products, and which end a group
-        self.open_groups = 0
-        self.drained = 0.0
-        self.turns: deque[float] = deque()  #: times of turns given and not taken
+        self.products: deque[tuple[float, bool]] = deque()  #: clocks, and whether it ends a group
+        self.groups = 0  #: open
+        self.turns: deque[float] = deque()  #: that it was given and has not taken
 
 
-class Machine:
-    """A scheduler, its pipes and its tensor core."""
-
-    def __init__(self, steps: list[Instruction], consumers: int, law: str, depth: int) -> None:
-        self.warps = [Warp(steps) for _ in range(consumers)]
+class Scheduler:
+    def __init__(self, steps: list[Instruction], consumers: int, share: float) -> None:
+        self.steps, self.share = steps, share
+        self.warps = [Warp() for _ in range(consumers)]
         self.warps[0].turns.append(0.0)
-        self.law, self.depth = law, depth
-        self.free = dict.fromkeys(BUSY, 0.0)
-        self.order: deque[Warp] = deque()  #: of products, as issued
+        self.warps_by_turn = list(self.warps)
+        self.free = dict.fromkeys(PIPES, 0.0)
+        self.order: deque[Warp] = deque()  #: of products
         self.serving: Warp | None = None
+        self.served = self.warps[-1]
         self.left = 0.0
-        self.tensor = self.issued = self.idle = self.eligible = 0
-        self.last: Warp | None = None
-        self.ends: list[list[float]] = [[] for _ in self.warps]
+        self.tensor = self.issued = self.idle = 0
 
-    def step_tensor(self, now: float) -> None:
+    def multiply(self, now: float) -> bool:
+        """A clock of the tensor core."""
         if self.serving is None:
             if not self.order:
-                return
-            if self.law == "fifo":
-                self.serving = self.order.popleft()
-            else:
-                others = [w for w in self.order if w is not self.last]
-                self.serving = others[0] if others else self.order[0]
-                self.order.remove(self.serving)
-            self.last = self.serving
-            self.left += self.serving.queue[0][0]
-        self.tensor += 1
+                return False
+            self.serving = next((warp for warp in self.order if warp is not self.served), self.order[0])
+            self.order.remove(self.serving)
+            self.served = self.serving
+            self.left += self.serving.products[0][0]
         self.left -= 1
         if self.left <= 0:
             warp, self.serving = self.serving, None
-            if warp.queue.popleft()[1]:
-                warp.open_groups -= 1
+            if warp.products.popleft()[1]:
+                warp.groups -= 1
                 warp.drained = now + DRAIN
+        return True
 
     def may_issue(self, warp: Warp, now: float) -> bool:
-        step = warp.steps[warp.at]
-        if now < warp.ready or any(step.waits >> b & 1 and now < warp.boards[b] for b in range(6)):
+        step = self.steps[warp.at]
+        if now < warp.ready or any(now < warp.boards[board] for board in step.waits):
             return False
         if step.op.startswith("HGMMA"):
-            return self.depth == 0 or len(warp.queue) < self.depth
+            return len(warp.products) < QUEUE
         if step.op.startswith("WARPGROUP.DEPBAR"):
             most = int(step.text.split(",")[1], 16)
-            return warp.open_groups < most or (warp.open_groups == most and now >= warp.drained)
+            return warp.groups < most or (warp.groups == most and now >= warp.drained)
         if step.op.startswith("BAR.SYNC"):
             return bool(warp.turns) and now >= warp.turns[0] + BARRIER
-        return now >= self.free[pipe(step.op)]
+        return now >= self.free[step.pipe]
 
-    def issue(self, number: int, now: float) -> None:
-        warp = self.warps[number]
-        step = warp.steps[warp.at]
+    def issue(self, warp: Warp, now: float) -> None:
+        step = self.steps[warp.at]
         if step.op.startswith("HGMMA"):
-            last = "gsb0" in step.text
-            warp.queue.append((product_clocks(step), last))
-            warp.open_groups += last
+            ends = "gsb0" in step.text
+            warp.products.append((step.product_clocks, ends))
+            warp.groups += ends
             self.order.append(warp)
         elif step.op.startswith("BAR.SYNC"):
             warp.turns.popleft()
         elif step.op.startswith("BAR.ARV"):
-            self.warps[(number + 1) % len(self.warps)].turns.append(now)
-        kind = pipe(step.op)
-        self.free[kind] = max(now, self.free[kind]) + BUSY[kind]
+            self.warps[(self.warps.index(warp) + 1) % len(self.warps)].turns.append(now)
+        busy, latency = PIPES[step.pipe]
+        self.free[step.pipe] = max(now, self.free[step.pipe]) + busy
         for board in step.sets:
-            warp.boards[board] = max(warp.boards[board], now + LATENCY[kind])
+            warp.boards[board] = max(warp.boards[board], now + latency)
         warp.ready = now + max(step.stall, 1)
-        warp.at += 1
-        if warp.at == len(warp.steps):
-            warp.at = 0
-            warp.rounds += 1
-            self.ends[number].append(now)
+        warp.rounds, warp.at = divmod(warp.rounds * len(self.steps) + warp.at + 1, len(self.steps))
 
-    def run(self, rounds: int) -> dict[str, float]:
-        now, first, credit = 0.0, 0, 0.0
-        start: tuple[float, int, int, int, int] | None = None
-        while min(w.rounds for w in self.warps) < rounds:
-            busy = self.tensor
-            self.step_tensor(now)
-            credit = min(credit, 1) + (SHARE if self.tensor > busy else 1)
-            ready = [i for i in range(len(self.warps)) if self.may_issue(self.warps[i], now)]
-            if ready and credit < 1:
-                self.idle += 1
-            elif ready:
-                credit -= 1
-                choice = first if first in ready and not POLICY_RR else min(ready, key=lambda i: (i - first - 1) % len(self.warps))
-                first = choice
-                self.issue(choice, now)
+    def run(self) -> tuple[float, ...]:
+        """Clocks a round; of these the tensor core busy, instructions issued, and no warp ready, in percent."""
+        now, slots = 0, 0.0
+        start = (0, 0, 0, 0)
+        while (rounds := min(warp.rounds for warp in self.warps)) < ROUNDS:
+            if rounds == WARM and not start[0]:
+                start = (now, self.tensor, self.issued, self.idle)
+            busy = self.multiply(now)
+            self.tensor += busy
+            slots = min(slots, 1) + (self.share if busy else 1)
+            ready = [warp for warp in self.warps_by_turn if self.may_issue(warp, now)] if slots >= 1 else []
+            if ready:
+                self.issue(ready[0], now)
+                self.warps_by_turn.remove(ready[0])
+                self.warps_by_turn.append(ready[0])
                 self.issued += 1
-                self.eligible += len(ready)
+                slots -= 1
             else:
                 self.idle += 1
             now += 1
-            if start is None and min(w.rounds for w in self.warps) == 4:
-                start = (now, self.issued, self.idle, self.tensor, self.eligible)
-            if now > 1e6:
-                raise ValueError("the replay hangs")
-        assert start is not None
+            if now > 10000 * ROUNDS:
+                raise ValueError("the replay hangs: a barrier or a product that never comes")
         clocks = now - start[0]
-        return {"clocks": clocks / (rounds - 4), "issued": (self.issued - start[1]) / clocks,
-                "idle": (self.idle - start[2]) / clocks, "tensor": (self.tensor - start[3]) / clocks,
-                "eligible": (self.eligible - start[4]) / clocks}
+        of = (100 * (end - begin) / clocks for begin, end in zip(start[1:], self.counts(), strict=True))
+        return (clocks / (ROUNDS - WARM), *of)
+
+    def counts(self) -> tuple[int, int, int]:
+        return self.tensor, self.issued, self.idle
 
 
-def product_clocks(step: Instruction) -> float:
-    shape = re.search(r"64x(\d+)x16", step.op)
-    assert shape
-    n = int(shape[1])
-    shared = n * 32 + (0 if ".tnspB" in step.text else 2048)
-    return max(16 * n * 16 / TENSOR_RATE, shared / SHARED_RATE)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, help="objects, or .cubin files (default what setup.py built)")
+    paths = parser.parse_args().paths or sorted(ROOT.glob("build/temp*/csrc/cuda/instantiate/hopper.o"))
+    if not paths:
+        sys.exit("cuda_replay: no CUDA objects under build/; run: FORCE_CUDA=1 python setup.py build_ext")
+    tiles = shapes()
+    print(HEAD)
+    for cubin in cubins(paths):
+        code = run(tool("nvdisasm"), "-c", "-hex", cubin)
+        for part in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]:
+            name = kernel_name(re.split(r"[\s,]", part, maxsplit=1)[0])
+            if not name.startswith("hopper") or name.endswith("ids") or "HGMMA" not in part:
+                continue
+            shape = tiles[name]
+            consumers = (shape.threads - 128) // 128
+            for bounded in (True, False):
+                steps = trace(main_loop(part), shape.logits, bounded)
+                for meet, share in (("beside", BESIDE), ("behind", BEHIND)):
+                    found = Scheduler(steps, consumers, share).run()
+                    form = "bounded" if bounded else "any"
+                    print(ROW.format(name, form, consumers, len(steps), meet, *found), flush=True)
 
 
-def main_code(cubin: Path) -> tuple[str, str]:
-    code = subprocess.run([tool("nvdisasm"), "-c", "-hex", cubin], capture_output=True, text=True, check=True).stdout
-    part = re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1]
-    return kernel_name(re.split(r"[\s,]", part, maxsplit=1)[0]), main_loop(part)
+if __name__ == "__main__":
+    main()

@@ -261,7 +261,8 @@ struct Totals {
   double features[T::kProductsInLoop ? 1 : T::kThreads * 4];
 };
 
-// A thread's part of the sum of all products, x^ . y^ of every row and column: some features' of the unit vectors' sums.
+// A thread's part of the sum of all products, x^ . y^ of every row and column: some features' of the unit vectors'
+// sums.
 template <class T>
 MIO_DEVICE double all_products(const Sweep& in, double* scratch) {
   constexpr int kFours = T::kWidth / 4, kAtATime = T::kThreads / kFours;  // row blocks
@@ -308,7 +309,8 @@ MIO_DEVICE void end_sweep(const Sweep& in, double (&sums)[kSums]) {
     if (in.grad) sync_grid();
     const int part = blockIdx.y + in.splits * blockIdx.z, share = ceil_div(T::kBlockM, blocks), first = part * share;
     const PairSums rest =
-        projection.rows(row0 + first, row0 + (first + share < T::kBlockM ? first + share : T::kBlockM), reinterpret_cast<float*>(shared.features));
+        projection.rows(row0 + first, row0 + (first + share < T::kBlockM ? first + share : T::kBlockM),
+                        reinterpret_cast<float*>(shared.features));
     add_to(sums, rest, blockIdx.z == 0);  // all slices have the same
     record(part);
   } else {

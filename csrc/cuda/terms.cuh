@@ -68,17 +68,28 @@ struct SoftplusSum {
 // (1 + a)(1 + b) - 1
 MIO_DEVICE float times_1p(float a, float b) { return a * b + (a + b); }
 
-// Four terms of a row, side by side, and the Sum of up to kMost of them on its way into a SoftplusSum and a sum of
-// sigmoids. times(j, c) is sigma c.
+// Four terms of a row, side by side, of which two share a reciprocal, and the Sum of up to kMost of them on its way
+// into a SoftplusSum and a sum of sigmoids. times(j, c) is sigma c.
 struct AnyTerms {
   float sigmoid[4];
   float relu, e;  // of all: the sum of max(t, 0), and the product of 1 + e, less 1
 
   MIO_DEVICE explicit AnyTerms(const float (&t)[4]) {
-    const Term a(t[0]), b(t[1]), c(t[2]), d(t[3]);
-    sigmoid[0] = a.sigmoid, sigmoid[1] = b.sigmoid, sigmoid[2] = c.sigmoid, sigmoid[3] = d.sigmoid;
-    relu = (a.relu + b.relu) + (c.relu + d.relu);
-    e = times_1p(times_1p(a.e, b.e), times_1p(c.e, d.e));
+    float e1[4], relu1[4];
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      e1[j] = exp2_approx(-fabsf(t[j])), e1[j + 1] = exp2_approx(-fabsf(t[j + 1]));
+      const float f[2] = {1 + e1[j], 1 + e1[j + 1]}, r = reciprocal(f[0] * f[1]);
+#pragma unroll
+      for (int i = j; i < j + 2; ++i) {
+        const bool below = t[i] < 0;
+        relu1[i] = below ? 0 : t[i];
+        const float above = r * f[j + 1 - i];
+        sigmoid[i] = below ? e1[i] * above : above;
+      }
+    }
+    relu = (relu1[0] + relu1[1]) + (relu1[2] + relu1[3]);
+    e = times_1p(times_1p(e1[0], e1[1]), times_1p(e1[2], e1[3]));
   }
   MIO_DEVICE float times(int j, float c) const { return sigmoid[j] * c; }
 
