@@ -159,6 +159,10 @@ def speed(capability: str, output: Path) -> list[Part]:
         command = ["ncu", "--set", "full", "-k", f"regex:{kernel}", "-c", "1", bench]
         command += ["--n", "32768", "--d", "128", "--repeat", "1"]
         found.append(Part(name, f"ncu on {kernel}", 25, tuple(command), missing=without("ncu", bench)))
+    if capability == "9.0":
+        command = [sys.executable, "benchmarks/cuda_variants.py"]
+        what = "variants of the Hopper kernel, predicted and measured"
+        found.append(Part("variants", what, 300, tuple(command), missing=without("cmake", "nvcc")))
     train = [sys.executable, "train/pretrain.py", "--epochs", "3", "--knn-every", "1", "--no-evaluate"]
     train += ["--output", str(output / "run"), "--overwrite"]
     needs = without("module:torchvision", "module:sklearn", "module:safetensors")

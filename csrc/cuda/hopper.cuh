@@ -177,6 +177,8 @@ MIO_DEVICE void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 MIO_DEVICE void trap() { asm volatile("trap;"); }
+// What all threads of a warp have the same of, and the compiler then knows it.
+MIO_DEVICE int uniform(int v) { return __shfl_sync(~0u, v, 0); }
 
 }  // namespace mio_ext
 #else

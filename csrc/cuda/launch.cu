@@ -62,6 +62,7 @@ struct Workspace {
   Prepared x, y;
   PairSums* records;
   int n_records;
+  float* totals;
   unsigned* tickets;  // of both sweeps
   int n_tickets;
   float* parts;
@@ -83,12 +84,29 @@ struct Workspace {
       n_tickets = 1;
     }
     records = carver.take<PairSums>(n_records);
+    const int64_t row_blocks = ceil_div(in.m > in.k ? in.m : in.k, kSmallestBlockM);
+    totals = carver.take<float>(uses_hopper(in) ? 2 * row_blocks * padded_width(in) : 0);
     tickets = carver.take<unsigned>(n_tickets);
-    parts = carver.take<float>(is_fused(in) && (in.dx || in.dy) ? kSplitBytes / 4 : 0);
+    parts = carver.take<float>(parts_of(in));
     bytes = carver.used();
   }
 
  private:
+  // Numbers in the gradient's parts; both sweeps use the same place.
+  static int64_t parts_of(const PairwiseBCECuda& in) {
+    if (!is_fused(in) || (!in.dx && !in.dy)) return 0;
+    if (!uses_hopper(in)) return kSplitBytes / 4;
+    int64_t most = 0;
+    with_width(padded_width(in), false, [&](auto width, auto) {
+      auto count = [&](int rows, int cols) {
+        const Plan plan = plan_hopper<HopperTile<Bf16, width()>>(rows, cols, in.d, in.multiprocessors);
+        if (plan.splits > 1) most = std::max(most, int64_t(plan.splits) * rows * in.d);
+      };
+      if (in.dx) count(in.m, in.y.data ? in.k : in.m);
+      if (in.dy) count(in.k, in.m);
+    });
+    return most;
+  }
   // dense: a library takes the rows too, and p.z is not for it.
   static Prepared side(Carver& carver, const PairwiseBCECuda& in, int n, const int64_t* ids, bool dense) {
     Prepared p{};
@@ -136,6 +154,7 @@ void run(const PairwiseBCECuda& in, Stream stream) {
   sweep.loss = true;
   sweep.gradient_times = in.y.data ? 1 : 2;
   sweep.records = work.records;
+  sweep.totals = work.totals;
   sweep.pairs = pairs_of(in);
   if (in.dx || !in.dy) {
     sweep.rows = work.x, sweep.cols = work.y;

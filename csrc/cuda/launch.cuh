@@ -69,11 +69,10 @@ void with_width(int width, bool ids, F&& f) {
   if (width == 256) with(std::integral_constant<int, 256>());
 }
 
-// Launches a sweep of tiles T in as many blocks as the plan for `slots` at a time says.
+// Launches a sweep of tiles T in the blocks of a plan.
 template <class T>
-void launch_planned(void (*kernel)(Sweep), int threads, int slices, int slots, int most_blocks, bool together, Sweep in,
+void launch_planned(void (*kernel)(Sweep), int threads, int slices, const Plan& plan, bool together, Sweep in,
                     float* scratch, Stream stream) {
-  const Plan plan = plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, slots, most_blocks, together);
   in.together = together;
   in.splits = plan.splits;
   in.tiles_per_split = plan.tiles_per_split;
@@ -107,8 +106,9 @@ void Launch<A>::sweep(Sweep in, int width, int multiprocessors, float* scratch, 
       in.prepares = false;
     }
     const int slots = together ? together_blocks : multiprocessors * T::kBlocksPerMultiprocessor / slices;
-    launch_planned<T>(sweep_kernel<A, w(), ids()>, T::kThreads, slices, slots, together ? slots : 2 * slots, together,
-                      in, scratch, stream);
+    const Plan plan =
+        plan_sweep(in.rows.n, in.cols.n, in.d, T::kBlockM, T::kBlockN, slots, together ? slots : 2 * slots, together);
+    launch_planned<T>(sweep_kernel<A, w(), ids()>, T::kThreads, slices, plan, together, in, scratch, stream);
   });
 }
 

@@ -82,10 +82,13 @@ MIO_DEVICE void write_results(const Results& out, const PairSums& s) {
   for (int i = 0; i < 6; ++i) out.dparams[i] = float(gradient[i]);
 }
 
-// Adds up all records and writes what they amount to; for one block, with shared memory as in block_total().
+// Adds up all records, and more of each thread, and writes what they amount to; for one block, with shared memory as in
+// block_total().
 template <int kWarps>
-MIO_DEVICE void sum_records(PairSums* records, int count, const Results& out, double* scratch, PairSums* total) {
-  double mine[kSums] = {};
+MIO_DEVICE void sum_records(PairSums* records, int count, const Results& out, double* scratch, PairSums* total,
+                            PairSums more = {}) {
+  double mine[kSums];
+  to_array(more, mine);
   for (int r = threadIdx.x; r < count; r += 32 * kWarps) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) mine[i] += load_fresh(fields(&records[r]) + i);

@@ -111,13 +111,13 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
   }
   more_registers<T::kConsumerRegisters>();
 
-  const int consumer = threadIdx.x / 128, lane = threadIdx.x % 32;
+  const int consumer = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
   const int block_row0 = blockIdx.x * T::kBlockM, consumer_row0 = block_row0 + consumer * T::kConsumerRows;
   const int row0 = block_row0 + threadIdx.x / 32 * 16 + lane / 4;  // this thread's first
   const Descriptor rows(smem + consumer * T::kConsumerRows * kBlockRowBytes);
   const int my_barrier = 1 + consumer, other_barrier = 2 - consumer;
   const Coefficients coefficients(read_params(in.results.constants, in.results.params));
-  TileTerms<A, 1, kIds> terms(in.rows, in.cols, row0, coefficients, in.normalize);
+  TileTerms<A, 1, kIds, Straight, T::kProductsInLoop> terms(in.rows, in.cols, row0, coefficients, in.normalize);
   float acc[1][kWidth / 8][4] = {}, s[1][N][4];
   uint32_t g[N / 2][1][4] = {};
   if (consumer == 1) barrier_arrive(other_barrier, T::kThreads);  // the first turn is the other's
@@ -125,6 +125,8 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
   PipelineState<T> state{smem}, last{smem};
   mbarrier_wait(state.rows_there(), 0);
   for (int col0 = first; col0 < end; col0 += T::kBlockN, state.next()) {
+    const bool crossed =
+        col0 + T::kBlockN > in.cols.n || in.pairs.cross(consumer_row0, T::kConsumerRows, col0, T::kBlockN);
     mbarrier_wait(state.full(), state.parity);
     barrier_wait(my_barrier, T::kThreads);
     wgmma_fence();
@@ -135,8 +137,6 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
     if (consumer == 0 || col0 + T::kBlockN < end) barrier_arrive(other_barrier, T::kThreads);
     wgmma_wait<1>();
     hold_all(s[0]);
-    const bool crossed =
-        col0 + T::kBlockN > in.cols.n || in.pairs.cross(consumer_row0, T::kConsumerRows, col0, T::kBlockN);
     terms.tile(s, state.columns() + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
     wgmma_wait<0>();
     hold_all(acc[0]);

@@ -68,50 +68,81 @@ struct SoftplusSum {
 // (1 + a)(1 + b) - 1
 MIO_DEVICE float times_1p(float a, float b) { return a * b + (a + b); }
 
-// Two terms of a row, side by side, and the Sum of up to kMost of them on its way into a SoftplusSum.
-struct TwoTerms {
-  float sigmoid[2];
-  float relu, e;  // of both: the sum of max(t, 0), and the product of 1 + e, less 1
+// Four terms of a row, side by side, of which two share a reciprocal, and the Sum of up to kMost of them on its way
+// into a SoftplusSum and a sum of sigmoids. times(j, c) is sigma c.
+struct AnyTerms {
+  float sigmoid[4];
+  float relu, e;  // of all: the sum of max(t, 0), and the product of 1 + e, less 1
 
-  MIO_DEVICE TwoTerms(float t0, float t1) {
-    const Term a(t0), b(t1);
-    sigmoid[0] = a.sigmoid, sigmoid[1] = b.sigmoid;
-    relu = a.relu + b.relu;
-    e = times_1p(a.e, b.e);
+  MIO_DEVICE explicit AnyTerms(const float (&t)[4]) {
+    float e1[4], relu1[4];
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      e1[j] = exp2_approx(-fabsf(t[j])), e1[j + 1] = exp2_approx(-fabsf(t[j + 1]));
+      const float f[2] = {1 + e1[j], 1 + e1[j + 1]}, r = reciprocal(f[0] * f[1]);
+#pragma unroll
+      for (int i = j; i < j + 2; ++i) {
+        const bool below = t[i] < 0;
+        relu1[i] = below ? 0 : t[i];
+        const float above = r * f[j + 1 - i];
+        sigmoid[i] = below ? e1[i] * above : above;
+      }
+    }
+    relu = (relu1[0] + relu1[1]) + (relu1[2] + relu1[3]);
+    e = times_1p(times_1p(e1[0], e1[1]), times_1p(e1[2], e1[3]));
   }
+  MIO_DEVICE float times(int j, float c) const { return sigmoid[j] * c; }
 
   struct Sum {
     static constexpr int kMost = 64;
-    float relu = 0, p = 0;
-    MIO_DEVICE void add(const TwoTerms& two) { relu += two.relu, p = times_1p(p, two.e); }
-    MIO_DEVICE void to(SoftplusSum& sum) const { sum.add(relu, p); }
+    float relu = 0, p = 0, sigmoid = 0;
+    MIO_DEVICE void add(const AnyTerms& terms) {
+      relu += terms.relu, p = times_1p(p, terms.e);
+      sigmoid += (terms.sigmoid[0] + terms.sigmoid[1]) + (terms.sigmoid[2] + terms.sigmoid[3]);
+    }
+    MIO_DEVICE void to(SoftplusSum& softplus, float& sigmoids, int) const {
+      softplus.add(relu, p);
+      sigmoids += sigmoid;
+    }
   };
 };
 
 // The same of logits up to kBound in magnitude: without cases, for nothing is tiny beside 1, and with one reciprocal.
-struct TwoBoundedTerms {
+// 1 - sigma is at most 8/9, so sigma loses three bits to it; a product and a sum are saved.
+struct BoundedTerms {
   static constexpr float kBound = 3;  // 32 of 1 + 2^3 are 2^101
-  float sigmoid[2];
-  float factor;  // (1 + e)(1 + e)
+  float rest[4];                      // 1 - sigma
+  float factor;                       // of all 1 + e
 
-  MIO_DEVICE TwoBoundedTerms(float t0, float t1) {
-    const float e0 = exp2_approx(t0), e1 = exp2_approx(t1), f0 = 1 + e0, f1 = 1 + e1;
-    factor = f0 * f1;
+  MIO_DEVICE explicit BoundedTerms(const float (&t)[4]) {
+    float f[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) f[j] = 1 + exp2_approx(t[j]);
+    const float two[2] = {f[0] * f[1], f[2] * f[3]};
+    factor = two[0] * two[1];
     const float r = reciprocal(factor);
-    sigmoid[0] = e0 * (r * f1), sigmoid[1] = e1 * (r * f0);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) rest[j] = r * two[1 - j / 2] * f[j ^ 1];
   }
+  MIO_DEVICE float times(int j, float c) const { return c - rest[j] * c; }
 
   struct Sum {
     static constexpr int kMost = 32;
-    float p = 1;
-    MIO_DEVICE void add(const TwoBoundedTerms& two) { p *= two.factor; }
-    MIO_DEVICE void to(SoftplusSum& sum) const { sum.add(p - p, p - 1); }  // NaN by the first: the second may lose it
+    float p = 1, rest = 0;
+    MIO_DEVICE void add(const BoundedTerms& terms) {
+      p *= terms.factor;
+      rest += (terms.rest[0] + terms.rest[1]) + (terms.rest[2] + terms.rest[3]);
+    }
+    MIO_DEVICE void to(SoftplusSum& softplus, float& sigmoids, int count) const {
+      softplus.add(p - p, p - 1);  // NaN by the first: the second may lose it
+      sigmoids += float(count) - rest;
+    }
   };
 };
 
 // What a thread's F x 2 rows need of a sweep without ids, and its sums over negative pairs. G is sigma
-// alone; weight_n comes in at the end.
-template <class A, int F, class Order>
+// alone; weight_n comes in at the end. kProducts: the sums of products too, which project.cuh else has for less.
+template <class A, int F, class Order, bool kProducts>
 struct NegativeTerms {
   float scale[F][2];  // logit = (product without the row's norm) scale + bias; -inf for rows that do not exist
   float bias[F][2];
@@ -119,14 +150,14 @@ struct NegativeTerms {
   float product[F][2] = {}, sigmoid_product[F][2] = {}, sigmoid = 0;
   const Prepared& rows;
   int row0, n_cols;
-  bool bounded;  // TwoBoundedTerms will do
+  bool bounded;  // BoundedTerms will do
 
   MIO_DEVICE NegativeTerms(const Prepared& rows, const Prepared& cols, int row0, const Coefficients& coefficients,
                            bool normalize)
       : rows(rows),
         row0(row0),
         n_cols(cols.n),
-        bounded(normalize && fabsf(coefficients.n) + fabsf(coefficients.bias) < TwoBoundedTerms::kBound) {
+        bounded(normalize && fabsf(coefficients.n) + fabsf(coefficients.bias) < BoundedTerms::kBound) {
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -145,22 +176,23 @@ struct NegativeTerms {
   MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0, bool crossed,
                        bool loss) {
     if (crossed)
-      tile_of<TwoTerms, true, true>(s, factors, pairs, row0, col0);
+      tile_of<AnyTerms, true, true>(s, factors, pairs, row0, col0);
     else if (!loss)
-      tile_of<TwoTerms, false, false>(s, factors, pairs, row0, col0);
+      tile_of<AnyTerms, false, false>(s, factors, pairs, row0, col0);
     else if (bounded)
-      tile_of<TwoBoundedTerms, false, true>(s, factors, pairs, row0, col0);
+      tile_of<BoundedTerms, false, true>(s, factors, pairs, row0, col0);
     else
-      tile_of<TwoTerms, false, true>(s, factors, pairs, row0, col0);
+      tile_of<AnyTerms, false, true>(s, factors, pairs, row0, col0);
   }
 
   // kCrossed: pairs that are no negative ones take no part, and G is 0 there.
-  template <class Two, bool kCrossed, bool kLoss, int N>
+  template <class Terms, bool kCrossed, bool kLoss, int N>
   MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0) {
+    static_assert(N % 2 == 0);
     const int column = threadIdx.x % 4 * Order::kLaneColumns;
 #pragma unroll
     for (int f = 0; f < F; ++f) {
-      typename Two::Sum sum;
+      typename Terms::Sum sum;
       int positive[2], own[2], end = 0;  // columns from this thread's first on
       if constexpr (kCrossed) {          // braces: without them nvcc 13.0 leaves out the loop that follows
         for (int h = 0; h < 2; ++h) {
@@ -170,38 +202,43 @@ struct NegativeTerms {
         end = n_cols - col0 - column;
       }
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const float2 factor = load_shared_pair(factors + (Order::column(n) + column) * 4);
-        const float c[2] = {factor.x * A::kLift, factor.y * A::kLift};
+      for (int n = 0; n < N; n += 2) {
+        float c[4];
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          const float2 factor = load_shared_pair(factors + (Order::column(n + j / 2) + column) * 4);
+          c[j] = factor.x * A::kLift, c[j + 1] = factor.y * A::kLift;
+        }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float v[2], t[2];
+          float v[4], t[4];
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int col = Order::column(n) + j;
-            v[j] = s[f][n][2 * h + j] * c[j];
+          for (int j = 0; j < 4; ++j) {
+            const int col = Order::column(n + j / 2) + j % 2;
+            v[j] = s[f][n + j / 2][2 * h + j % 2] * c[j];
             t[j] = v[j] * scale[f][h] + bias[f][h];
             if (kCrossed && (col == positive[h] || col == own[h] || col >= end))
               v[j] = 0, t[j] = -float_of(0x7f800000u);
           }
-          const Two two(t[0], t[1]);
+          const Terms terms(t);
           if constexpr (kLoss) {
-            sum.add(two);
+            sum.add(terms);
           }
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            s[f][n][2 * h + j] = two.sigmoid[j] * c[j];
-            if constexpr (kLoss) {
+          for (int j = 0; j < 4; ++j) {
+            float& to = s[f][n + j / 2][2 * h + j % 2];
+            to = terms.times(j, c[j]);
+            if constexpr (kLoss && kProducts) {
               product[f][h] += v[j];
-              sigmoid += two.sigmoid[j];
-              sigmoid_product[f][h] += two.sigmoid[j] * v[j];
+              sigmoid_product[f][h] += terms.times(j, v[j]);
             }
           }
         }
         if constexpr (kLoss) {
-          if ((4 * n + 4) % Two::Sum::kMost == 0 || n + 1 == N) {
-            sum.to(softplus);
-            sum = typename Two::Sum();
+          constexpr int kMost = Terms::Sum::kMost;
+          if ((4 * n + 8) % kMost == 0 || n + 2 == N) {
+            sum.to(softplus, sigmoid, (4 * n + 8) % kMost == 0 ? kMost : 4 * N % kMost);
+            sum = typename Terms::Sum();
           }
         }
       }
@@ -335,7 +372,7 @@ struct LabelledTerms {
   }
 };
 
-template <class A, int F, bool kIds, class Order = Straight>
-using TileTerms = std::conditional_t<kIds, LabelledTerms<A, F, Order>, NegativeTerms<A, F, Order>>;
+template <class A, int F, bool kIds, class Order = Straight, bool kProducts = true>
+using TileTerms = std::conditional_t<kIds, LabelledTerms<A, F, Order>, NegativeTerms<A, F, Order, kProducts>>;
 
 }  // namespace mio_ext

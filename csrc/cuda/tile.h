@@ -105,6 +105,7 @@ struct Tile {
   static constexpr int kBlockN = kBytes == 4 && kWidth == 256 ? 16 : 32;
   static constexpr int kStages = kBytes == 2 ? 3 : 2;
   static constexpr int kBlocksPerMultiprocessor = 2;
+  static constexpr bool kProductsInLoop = true;  // their sums
 
   static constexpr int kSteps = kPartBytes / 32;  // of a matrix instruction along the features
   static constexpr int kFactorsAt = kBlockN * kRowBytes;
@@ -127,6 +128,7 @@ struct HopperTile {
   static constexpr int kBlockM = kConsumerRows * kConsumers;
   static constexpr int kBlockN = kWidth == 256 ? 64 : 128;
   static constexpr int kStages = 4;
+  static constexpr bool kProductsInLoop = false;
   // Registers a thread: 65,536 in all, less than a third of them until producer and consumers divide them up.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
@@ -206,13 +208,14 @@ struct Pairs {
 struct Plan {
   int row_blocks, splits, tiles_per_split;
 };
-constexpr int64_t kSplitBytes = 16 << 20;  // that partial gradients may take
+constexpr int64_t kSplitBytes = 16 << 20, kHopperSplitBytes = 64 << 20;  // that partial gradients may take
 
 // slots: blocks that run at a time; most_blocks: there may be, unless one split has more; together: these wait for each
 // other.
-inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int slots, int most_blocks, bool together) {
+inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int slots, int most_blocks, bool together,
+                       int64_t most_bytes = kSplitBytes) {
   const int row_blocks = ceil_div(rows, block_m), tiles = ceil_div(cols, block_n);
-  int64_t most = kSplitBytes / (int64_t(rows) * d * 4);
+  int64_t most = most_bytes / (int64_t(rows) * d * 4);
   if (most > most_blocks / row_blocks) most = most_blocks / row_blocks;
   if (most > tiles) most = tiles;
   int best = 1;
@@ -227,6 +230,15 @@ inline Plan plan_sweep(int rows, int cols, int d, int block_m, int block_n, int 
   }
   const int tiles_per_split = ceil_div(tiles, best);
   return {row_blocks, ceil_div(tiles, tiles_per_split), tiles_per_split};
+}
+
+// A block has a multiprocessor to itself, so of little more than a whole number of waves the last is nearly idle. Up to
+// six waves of shorter blocks even that out: 157 row blocks (20,000 rows) of 132 at a time are two, and in five splits
+// each six of a fifth.
+template <class T>
+Plan plan_hopper(int rows, int cols, int d, int multiprocessors) {
+  return plan_sweep(rows, cols, d, T::kBlockM, T::kBlockN, multiprocessors, 6 * multiprocessors, false,
+                    kHopperSplitBytes);
 }
 
 }  // namespace mio_ext

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 
-from benchmarks import gpu_check
+from benchmarks import cuda_variants, gpu_check
 from benchmarks.gpu_check import Part, run_parts
 
 FINE = "print('all is well')"
@@ -169,7 +169,7 @@ def test_killed_from_outside_it_takes_its_part_along(tmp_path, monkeypatch):
         f"""
 import sys, pathlib
 sys.path.insert(0, {str(ROOT)!r})
-from benchmarks import gpu_check
+from benchmarks import cuda_variants, gpu_check
 from benchmarks.gpu_check import Part
 hangs = Part("hangs", "", 600, (sys.executable, "-c", {HANGS!r}, {str(pid)!r}))
 gpu_check.GRACE = 0.2
@@ -220,3 +220,9 @@ def test_every_test_leaves_a_line(tmp_path):
     assert [line["outcome"] for line in found] == ["passed", "failed", "skipped"]
     assert found[0]["test"].endswith("::test_passes") and "why" not in found[0]
     assert "not equal" in found[1]["why"] and "no wish" in found[2]["why"]
+
+
+def test_variants_are_of_the_kernel_as_it_is():
+    """What they change is there, once."""
+    sources = {cuda_variants.source(variant) for variant in cuda_variants.VARIANTS}
+    assert len(sources) == len(cuda_variants.VARIANTS)

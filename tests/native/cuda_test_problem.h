@@ -139,6 +139,7 @@ struct Outputs {
   float loss;
   std::vector<float> dx, dy;
   std::vector<double> stats;
+  std::vector<float> dparams;
   bool operator==(const Outputs& o) const { return loss == o.loss && dx == o.dx && dy == o.dy; }
 };
 
@@ -220,7 +221,8 @@ inline void run_chunked(const PairwiseBCECuda& p, const Type& type, int most_chu
 inline Outputs run(const Type& type, const Case& c, const LossParams& params, const Input& x, const Input& y,
                    const std::vector<int64_t>& x_ids, const std::vector<int64_t>& y_ids, const Options& options) {
   const int64_t k = c.k ? c.k : c.m, odd = options.variant;
-  Outputs out{0, std::vector<float>(c.m * c.d), std::vector<float>(c.k * c.d), std::vector<double>(8)};
+  Outputs out{0, std::vector<float>(c.m * c.d), std::vector<float>(c.k * c.d), std::vector<double>(8),
+              std::vector<float>(6)};
   std::vector<float> dx_with_odd(out.dx.size() + odd), dy_with_odd(out.dy.size() + odd);
   const size_t alignment = c.d % 4 == 0 || odd ? 16 : 4;  // 4: the buffer ends where its memory does
   Buffer loss(4, 4), stats(64, 8), dx(dx_with_odd.size() * 4, alignment), dy(dy_with_odd.size() * 4 + 4, alignment),
@@ -257,7 +259,7 @@ inline Outputs run(const Type& type, const Case& c, const LossParams& params, co
   p.workspace = workspace.data();
   is_fused(p) ? launch_pairwise_bce(p, nullptr) : run_chunked(p, type, options.most_chunk_rows);
   wait_for_device();
-  loss.get(&out.loss), stats.get(out.stats.data()), dx.get(dx_with_odd.data());
+  loss.get(&out.loss), stats.get(out.stats.data()), dparams.get(out.dparams.data()), dx.get(dx_with_odd.data());
   std::copy(dx_with_odd.begin() + odd, dx_with_odd.end(), out.dx.begin());
   if (c.k) {
     std::vector<float> with_end(dy_with_odd.size() + 1);

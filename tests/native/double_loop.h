@@ -27,6 +27,8 @@ inline std::vector<double> random_matrix(int64_t rows, int64_t cols, unsigned se
 
 struct Result {
   double loss = 0;
+  double mean_product = 0;    // of negative pairs
+  double scale_gradient = 0;  // d loss / d a_n
   std::vector<double> dx, dy;
 };
 
@@ -50,6 +52,7 @@ inline Result by_double_loop(const Case& c, std::vector<double> x, std::vector<d
   Result r;
   r.dx.assign(x.size(), 0);
   r.dy.assign(y.size(), 0);
+  double negatives = 0;
   for (int64_t i = 0; i < c.m; ++i)
     for (int64_t j = 0; j < k; ++j) {
       if (c.exclude_self && j == c.offset + i) continue;
@@ -63,6 +66,10 @@ inline Result by_double_loop(const Case& c, std::vector<double> x, std::vector<d
       const double a = positive ? p.scale_p : p.scale_n, t = (positive ? -1 : 1) * (a * s + p.bias);
       r.loss += (positive ? p.weight_p : p.weight_n) * std::log1p(std::exp(t));
       const double g = (positive ? -p.weight_p : p.weight_n) * a / (1 + std::exp(-t));
+      if (!positive) {
+        negatives += 1, r.mean_product += s;
+        r.scale_gradient += p.weight_n * s / (1 + std::exp(-t));
+      }
       const double w_l = positive ? p.weight_l : 0;
       r.loss += w_l * distance;
       for (int64_t f = 0; f < c.d; ++f) {
@@ -71,6 +78,7 @@ inline Result by_double_loop(const Case& c, std::vector<double> x, std::vector<d
         r.dy[j * c.d + f] += g * a + w_l * (b - a);
       }
     }
+  r.mean_product /= negatives;
   auto through_norm = [&](const std::vector<double>& z, const std::vector<double>& norms, std::vector<double>& grad) {
     for (size_t i = 0; i < norms.size(); ++i) {
       double along = 0;

@@ -190,5 +190,6 @@ void fewer_registers() {}
 template <int kRegisters>
 void more_registers() {}
 inline void trap() { emulator::fail("a trap"); }
+inline int uniform(int v) { return v; }
 
 }  // namespace mio_ext

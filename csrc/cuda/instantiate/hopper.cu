@@ -11,8 +11,8 @@ void LaunchHopper<A>::sweep(Sweep in, int width, int multiprocessors, float* scr
   in.prepares = false;
   with_width(width, in.rows.ids, [&](auto w, auto ids) {
     using T = HopperTile<A, w()>;
-    launch_planned<T>(sweep_hopper_kernel<A, w(), ids()>, T::kThreads + T::kProducerThreads, 1, multiprocessors,
-                      2 * multiprocessors, false, in, scratch, stream);
+    launch_planned<T>(sweep_hopper_kernel<A, w(), ids()>, T::kThreads + T::kProducerThreads, 1,
+                      plan_hopper<T>(in.rows.n, in.cols.n, in.d, multiprocessors), false, in, scratch, stream);
   });
 }
 
