@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help pretrain test fuzz kill sanitize build lint format hook cpp package bench bench-check gpu-check clean
+.PHONY: help pretrain test fuzz kill sanitize build lint format hook cpp package wheel bench bench-check gpu-check clean
 
 help:
 	@echo "make pretrain   set up, build, and pre-train on the default data (ARGS='--epochs 5' adds options)"
@@ -20,6 +20,7 @@ help:
 	@echo "make hook       have git run make lint before each commit"
 	@echo "make cpp        the kernels as a C++ library, their C++ test and microbenchmark (CMake)"
 	@echo "make package    sdist and wheel, installed into an empty folder and imported"
+	@echo "make wheel      one wheel for every Python and every torch from 2.10 on, in dist/"
 	@echo "make gpu-check  on a GPU, with the system's own packages: build, tests, benchmarks, profile, training; 10 minutes"
 	@echo "make bench      the data behind the figures, about 20 minutes, then README.md and docs/performance.md from it"
 	@echo "make bench-check  are we still as far ahead of others as the committed data say? informs only"
@@ -105,6 +106,12 @@ package: build
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -m mio_ext
 	cd build/package && PYTHONPATH=installed installed/bin/mio-pretrain --dry-run
 	cd build/package && PYTHONPATH=installed $(abspath $(BIN))/python -c 'import mio_ext; assert "cpu" in mio_ext.available_backends()'
+
+# One for every Python and every torch from 2.10 on: dist/mio_ext-*-py3-none-manylinux_2_28_x86_64.whl
+wheel: build
+	rm -rf build/wheel dist/mio_ext-*-py3-none-manylinux_2_28_x86_64.whl
+	MIO_WHEEL=1 $(BIN)/python setup.py --quiet bdist_wheel > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	$(BIN)/python packaging/manylinux.py dist/mio_ext-*-py3-none-manylinux_2_28_x86_64.whl
 
 # The peers of the extra [bench] are installed on the way; mio_ext itself stays the one in place.
 bench: build

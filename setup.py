@@ -47,7 +47,7 @@ CONFIGURATION = ROOT / "build" / "configuration.json"
 ARCHITECTURES = "8.0+PTX;9.0a"
 #: The oldest torch whose stable ABI the libraries may use, as torch/csrc/stable/version.h writes it.
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-#: One wheel for every Python and torch. What it links against must be as old: benchmarks/wheel_symbols.py checks.
+#: One wheel for every Python and torch; packaging/manylinux.py has it link against symbols as old as its tag says.
 WHEEL = os.environ.get("MIO_WHEEL") == "1"
 WHEEL_TAG = ("py3", "none", "manylinux_2_28_x86_64")
 
@@ -114,6 +114,11 @@ class Wheel(bdist_wheel):
 version = (ROOT / "mio_ext" / "version.py").read_text().split('"')[1]
 cxx = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden", TARGET, f'-DMIO_VERSION="{version}"']
 link = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+if WHEEL:
+    sys.path.insert(0, str(ROOT / "packaging"))
+    from manylinux import stubs
+
+    link += stubs(ROOT / "build" / "old")
 obstacle = without_cuda()
 if obstacle is None:
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
@@ -150,7 +155,7 @@ if not WHEEL:
     diagnostics.extra_compile_args = {"cxx": [flag for flag in cxx if flag != TARGET]}  # it names torch's version
     extensions.append(diagnostics)
 
-configuration = {"python": sys.version, "torch": torch.__version__, "cxx": cxx, "link": link}
+configuration = {"python": sys.version, "torch": torch.__version__, "cxx": cxx}
 configuration |= {"nvcc": nvcc} if obstacle is None else {}
 if configuration != last_configuration():
     if obstacle:
@@ -162,5 +167,5 @@ setuptools.setup(
     version=version,
     ext_modules=extensions,
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
-    options={"build_ext": {"inplace": not WHEEL}},
+    options={"build_ext": {"inplace": not WHEEL}, **({"build": {"build_lib": "build/wheel"}} if WHEEL else {})},
 )
