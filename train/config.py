@@ -100,9 +100,7 @@ class Config:
     learn_scale: bool = option("loss", False, "learn temperature and bias of mio or siglip with the model")
     loss_backend: str = option("run", "auto", "what computes the loss", choices=BACKENDS)
 
-    backbone: str = option(
-        "model", "resnet18", f"torchvision's {', '.join(RESNETS)}, or timm:NAME, a ViT say, which takes AdamW better"
-    )
+    backbone: str = option("model", "resnet18", f"torchvision's {', '.join(RESNETS)}, or timm:NAME, a ViT say")
     stem: str = option(
         "model",
         "auto",
@@ -168,12 +166,9 @@ class Config:
             raise UserError(f"--crop-area must be the smaller share, then the larger, got {list(self.crop_area)}")
         if self.objective == "simclr" and (self.learn_scale or self.bias):
             raise UserError("--bias and --learn-scale belong to mio and siglip, not to --objective simclr")
-        if self.backbone.startswith(TIMM):
-            if self.stem != "auto" or not self.stem_padding:
-                raise UserError(
-                    f"--stem and --no-stem-padding belong to ResNets: {self.backbone} has a stem of its own"
-                )
-        elif self.backbone not in RESNETS:
+        if self.backbone.startswith(TIMM) and (self.stem != "auto" or not self.stem_padding):
+            raise UserError(f"--stem and --no-stem-padding belong to ResNets: {self.backbone} has a stem of its own")
+        if self.backbone not in RESNETS and not self.backbone.startswith(TIMM):
             raise UserError(f"--backbone must be one of {', '.join(RESNETS)} or timm:NAME, got {self.backbone!r}")
         if not self.projector:
             raise UserError("--projector must name at least the width of the embedding")
