@@ -69,7 +69,7 @@ def model_card(folder: Path) -> str:
 
 def use(about: dict[str, Any]) -> str:
     channels, size = about["channels"], about["image_size"]
-    return f"""## Use
+    text = f"""## Use
 
 ```python
 from mio_ext.encoder import load_encoder
@@ -82,7 +82,7 @@ Mean {numbers(about["mean"])} and standard deviation {numbers(about["std"])} of 
 size are in the file's metadata."""
     if about.get("width", WIDTH) != WIDTH:  # nothing that torchvision's constructor makes
         return text
-    text += f""" The keys are {"timm" if about["backbone"].startswith(TIMM) else "torchvision"}'s:
+    return f"""{text} The keys are {"timm" if about["backbone"].startswith(TIMM) else "torchvision"}'s:
 
 ```python
 {network_code(about)}
