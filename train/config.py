@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mio_ext.encoder import TIMM
+from mio_ext.encoder import TIMM, WIDTH
 from train.augment import ViewRanges
 from train.errors import UserError
 from train.run_folder import CHECKPOINT
@@ -112,16 +112,8 @@ class Config:
     )
     loss_backend: str = option("run", "auto", "what computes the loss", choices=BACKENDS)
 
-<<<<<<< HEAD
-    backbone: str = option(
-        "model", "resnet18", f"torchvision's {', '.join(RESNETS)}, or timm:NAME, a ViT say, which takes AdamW better"
-    )
-    width: int = option(
-        "model", 64, "channels of a ResNet's first stage, doubled three times; 64: torchvision's", least=1
-    )
-=======
     backbone: str = option("model", "resnet18", f"torchvision's {', '.join(RESNETS)}, or timm:NAME, a ViT say")
->>>>>>> examples
+    width: int = option("model", WIDTH, "a ResNet's first stage, doubled three times; 64: torchvision's", least=1)
     stem: str = option(
         "model",
         "auto",
@@ -185,7 +177,6 @@ class Config:
             check_range(f.name, getattr(self, f.name), f.metadata)
         if self.crop_area[0] > self.crop_area[1]:
             raise UserError(f"--crop-area must be the smaller share, then the larger, got {list(self.crop_area)}")
-<<<<<<< HEAD
         if self.objective == "simclr" and (self.learn_scale or self.learn_bias or self.bias):
             raise UserError("--bias, --learn-bias and --learn-scale are not for --objective simclr: it has no logits")
         if self.objective not in ("mio", "sigclr"):
@@ -198,17 +189,9 @@ class Config:
             raise UserError("--learn-scale learns one temperature for all pairs: drop --negative-temperature")
         if self.scale_learning_rate is not None and not (self.learn_scale or self.learn_bias):
             raise UserError("--scale-learning-rate needs --learn-scale or --learn-bias")
-        if self.backbone.startswith(TIMM):
-            if self.stem != "auto" or not self.stem_padding or self.width != Config.width:
-                raise UserError(f"--stem, --no-stem-padding and --width belong to ResNets: {self.backbone} has its own")
-        elif self.backbone not in RESNETS:
-=======
-        if self.objective == "simclr" and (self.learn_scale or self.bias):
-            raise UserError("--bias and --learn-scale belong to mio and siglip, not to --objective simclr")
-        if self.backbone.startswith(TIMM) and (self.stem != "auto" or not self.stem_padding):
-            raise UserError(f"--stem and --no-stem-padding belong to ResNets: {self.backbone} has a stem of its own")
+        if self.backbone.startswith(TIMM) and (self.stem != "auto" or not self.stem_padding or self.width != WIDTH):
+            raise UserError(f"--stem, --no-stem-padding and --width belong to ResNets: {self.backbone} has its own")
         if self.backbone not in RESNETS and not self.backbone.startswith(TIMM):
->>>>>>> examples
             raise UserError(f"--backbone must be one of {', '.join(RESNETS)} or timm:NAME, got {self.backbone!r}")
         if not self.projector:
             raise UserError("--projector must name at least the width of the embedding")
