@@ -75,8 +75,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def rebuild_backbone(about: dict[str, Any]) -> nn.Module:
     """The network that such metadata describe, with weights of its own."""
-    names = "backbone", "channels", "stem", "stem_padding", "image_size"
-    network, _ = build_backbone(*(about[name] for name in names), width=about.get("width", WIDTH))
+    network, _ = build_backbone(
+        about["backbone"],
+        about["channels"],
+        about["stem"],
+        about["stem_padding"],
+        about["image_size"],
+        about.get("width", WIDTH),
+    )
     return network
 
 

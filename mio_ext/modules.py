@@ -48,6 +48,7 @@ class MIOLoss(_Loss):
 
     temperature: Number
     negative_temperature: Number | None
+    negative_weight: Number
     regularizer: Number
     bias: Number | None
 
