@@ -3,8 +3,8 @@
 
     python packaging/manylinux.py dist/mio_ext-*.whl
 
-Newer glibc moved symbols from libpthread, libdl and librt into libc, under a new version, and newer libstdc++ gave one of
-ours a new version too; all still answer to the old ones, which :func:`stubs` has the linker take.
+Newer glibc moved symbols from libpthread, libdl and librt into libc, under a new version, and newer libstdc++ gave one
+of ours a new version too; all still answer to the old ones, which :func:`stubs` has the linker take.
 """
 
 from __future__ import annotations
