@@ -12,7 +12,8 @@ import functools
 import importlib.util
 import os
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from . import library
 #: Triton is imported only when asked for, and looked for only here: torch.compile of 2.11 cannot trace find_spec.
 _has_triton = importlib.util.find_spec("triton") is not None
 
+F = TypeVar("F", bound=Callable[..., Any])
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 #: Rows wider than this take another path than the fused kernels of a GPU.
 WIDE = 256
@@ -107,6 +109,12 @@ def choose_backend(op: str, backend: str, features: Tensor) -> str:
     return backend
 
 
+def constant_in_graphs(function: F) -> F:
+    """torch.compiler.assume_constant_result, without the compiler: it takes a second and a half to import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _is_wide(features: Tensor) -> bool:
     # A branch, so that it is a constant where the compiler does not know the width.
     if features.shape[1] > WIDE:  # noqa: SIM103
@@ -114,7 +122,7 @@ def _is_wide(features: Tensor) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _auto(device: torch.device, dtype: torch.dtype, wide: bool) -> str:
     if device.type != "cuda":
         return "reference"

@@ -97,7 +97,7 @@ def pairwise_bce(
     return gradient.call(op, call)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@backends.constant_in_graphs
 def _takes_tf32(backend: str) -> bool:
     """What torch.set_float32_matmul_precision() sets too; its getter fails once someone has set this one."""
     return backend == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -85,6 +85,14 @@ def test_needs_only_torch():
     assert "fine" in result.stdout, result.stderr
 
 
+def test_importing_takes_no_compiler_along():
+    """It takes a second and a half; we take a fiftieth of that."""
+    script = "import torch, sys; before = set(sys.modules); import mio_ext; print(*set(sys.modules) - before)"
+    loaded = run_python("-c", script).stdout.split()
+    assert "mio_ext.losses" in loaded
+    assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor", "triton"))]
+
+
 def test_types_in_a_users_file(tmp_path):
     """mypy finds our types, and knows a loss from a loss with statistics."""
     (tmp_path / "user.py").write_text(
