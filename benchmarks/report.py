@@ -19,11 +19,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import report_loss, report_processes, report_steps, report_training
+from benchmarks.harness import report_loss, report_processes, report_search, report_steps, report_training
 from benchmarks.harness.paths import ROOT
 from benchmarks.harness.tables import PLOT_NAMES, data_files
 
-PAGES = ("README.md", "docs/performance.md", "docs/distributed.md")
+PAGES = ("README.md", "docs/performance.md", "docs/distributed.md", "docs/theory.md", "docs/training.md")
 PLOTS = "docs/plots"
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -31,6 +31,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "loss": report_loss.readme_loss,
     "digits": report_training.readme_digits,
     "cifar": report_training.readme_cifar,
+    "search": report_search.search,
+    "forces": report_search.forces,
     "loss-report": report_loss.performance_loss,
     "step-report": report_steps.performance_step,
     "accuracy-report": report_steps.performance_accuracy,

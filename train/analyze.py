@@ -84,6 +84,8 @@ def view_cosines(setup: Setup, model: PretrainModel, images: Tensor) -> PairCosi
 def measured_information(config: Config, setup: Setup, loss: Mapping[str, float]) -> tuple[dict[str, Any], PairCosines]:
     """How much the run's critic finds on held-out pairs, how much the best critic of a cosine, and the ceiling."""
     scale, bias = 1 / loss["temperature"], loss["bias"]
+    if weight := loss.get("negative_weight"):
+        bias += math.log(weight)  # the critic of the fair coin, eq. (36)
     a, b = best_affine_critic(view_cosines(setup, setup.model, setup.data.pretrain))
     held_out = setup.data.pretrain if setup.data.test is None else setup.data.test.images
     if len(held_out) < 2:
@@ -105,7 +107,7 @@ def untrained_like(config: Config, setup: Setup) -> PretrainModel:
     """The network that the run started from."""
     torch.manual_seed(config.seed)
     about = setup.architecture
-    shape = config.stem_padding, about["image_size"]
+    shape = config.stem_padding, about["image_size"], config.width
     return build_model(config.backbone, about["channels"], about["stem"], config.projector, *shape).to(setup.device)
 
 
@@ -141,8 +143,13 @@ def load_loss(config: Config, setup: Setup, run: Path) -> dict[str, float]:
     """The arguments of ``mio_loss``, learnt ones as they are at the checkpoint."""
     if config.objective != "mio":
         raise UserError(f"{run} minimised {config.objective}: the closed forms of docs/theory.md are those of mio")
+    if config.views > 2 or config.negative_temperature is not None:
+        raise UserError(
+            f"{run} had more views or temperatures than one critic of two views, which the closed forms are of"
+        )
     temperature, bias = (float(value) for value in setup.objective.critic())
-    return {"temperature": temperature, "bias": bias, "regularizer": config.regularizer}
+    numbers = {"temperature": temperature, "bias": bias, "regularizer": config.regularizer}
+    return numbers | ({"negative_weight": config.negative_weight} if config.negative_weight != 1 else {})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

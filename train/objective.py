@@ -44,8 +44,6 @@ class Objective(nn.Module):
         self.temperature, self.bias = config.temperature, config.bias
         self.negative_temperature, self.negative_weight = config.negative_temperature, config.negative_weight
         self.views = config.views
-        if self.name == "sigclr":  # the sum over a row's negatives in the place of their mean
-            self.negative_weight *= self.views * (config.batch_size - 1)
         self.log_temperature = self.learnt_bias = None
         if config.learn_scale:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
@@ -57,13 +55,14 @@ class Objective(nn.Module):
         """MIO with its knobs, and SigCLR, which is one setting of them."""
         return self.name in ("mio", "sigclr")
 
-    def numbers(self) -> dict[str, Any]:
-        """The numbers of :func:`mio_ext.mio_loss`, as they are now."""
+    def numbers(self, rows: int) -> dict[str, Any]:
+        """The numbers of :func:`mio_ext.mio_loss` for so many rows of all processes, as they are now."""
         temperature, bias = self.critic()
+        negatives = rows - self.views if self.name == "sigclr" else 1  # of a row: their sum in the place of their mean
         return {
             "temperature": temperature,
             "negative_temperature": self.negative_temperature,
-            "negative_weight": self.negative_weight,
+            "negative_weight": self.negative_weight * negatives,
             "regularizer": self.regularizer,
             "bias": bias,
         }
@@ -85,7 +84,7 @@ class Objective(nn.Module):
         """Norms of MIO's dL/dz [2B, D] and of its parts, docs/theory.md eq. (23)-(25), of two views."""
         if not self.pairwise or self.views > 2:
             return {}
-        parts = analysis.gradient_parts(*z.chunk(2), **self.numbers(), backend=self.backend)
+        parts = analysis.gradient_parts(*z.chunk(2), **self.numbers(len(z)), backend=self.backend)
         return {
             f"{name}_norm": float(part.norm()) for name, part in (*parts._asdict().items(), ("gradient", parts.total))
         }
@@ -94,8 +93,10 @@ class Objective(nn.Module):
         temperature, bias = self.critic()
         result: Any  # with statistics a pair, else a tensor
         if self.pairwise:
+            _, world = distributed.place("mio_loss", None)
+            numbers = self.numbers(2 * len(z1) * world)
             result = distributed.mio_loss(
-                z1, z2, **self.numbers(), labels=self.ids(z1), backend=self.backend, return_stats=True
+                z1, z2, **numbers, labels=self.ids(z1), backend=self.backend, return_stats=True
             )
             loss, stats = result
             return loss, stats

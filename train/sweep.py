@@ -71,6 +71,7 @@ def read_table(path: Path) -> tuple[list[Run], dict[str, int]]:
     runs = [run for entry in table["runs"] for run in expand(path, table.get("common", {}), entry)]
     if twice := {run.name for run in runs if [r.name for r in runs].count(run.name) > 1}:
         raise UserError(f"{path} has these runs twice: {', '.join(sorted(twice))}")
+    runs.sort(key=lambda run: run.options.get("seed", 0))  # what is over early compares settings
     return runs, hold_out
 
 

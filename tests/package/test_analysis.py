@@ -298,3 +298,20 @@ print(peak() - before)
     result = run_python("-c", script)
     assert result.returncode == 0, result.stderr
     assert 6e6 < int(result.stdout) < 60e6  # at least the three parts: the measurement works
+
+
+def test_a_heavy_weight_is_exponential_repulsion():
+    """Eq. (37): with b = -log ω the loss tends to alignment and uniformity, without a logarithm."""
+    z1, z2 = (random(12, 5, seed=seed).requires_grad_() for seed in (1, 2))
+    tau, weight = 0.4, 1e7
+    loss = mio_ext.mio_loss(
+        z1, z2, temperature=tau, negative_weight=weight, bias=-math.log(weight), regularizer=0.0, backend="reference"
+    )
+    actual = torch.cat(torch.autograd.grad(loss, [z1, z2]))
+    z = reference.normalized(torch.cat([z1, z2]))
+    s = z @ z.T / tau
+    index = torch.arange(24)
+    partner = (index + 12) % 24
+    negative = (index[:, None] != index) & (partner[:, None] != index)
+    limit = -s[index, partner].mean() + s[negative].exp().mean()
+    assert relative_error(actual, torch.cat(torch.autograd.grad(limit, [z1, z2]))) < 1e-5
