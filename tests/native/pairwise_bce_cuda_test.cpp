@@ -57,7 +57,7 @@ bool check(const Type& type, const Case& c, const Options& options) {
               scale_error, same ? "" : ", other bits in another order", alone_good ? "" : ", dy alone is wrong");
   // Written so that NaN fails.
   return loss_error < type.loss_limit && alone_good && dx_error < type.gradient_limit &&
-         dy_error < type.gradient_limit && product_error < (type.bytes == 2 ? 1e-6 : 1e-4) &&
+         dy_error < type.gradient_limit && product_error < (type.bytes == 2 ? 1e-6 : type.gradient_limit) &&
          scale_error < type.gradient_limit && same;
 }
 
