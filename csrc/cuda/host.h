@@ -51,7 +51,7 @@ inline bool is_direct(const at::Tensor& z, bool normalize) {
 
 // Memory of O(chunk K). Units of 2 M K D operations: 2 without y, else 1 and one for each gradient.
 inline void run_chunked(const PairwiseBCECuda& problem, const Call& call, const at::Tensor& workspace,
-                        const at::Tensor& dx, const at::Tensor& dy, int64_t most_chunk_rows, Stream stream) {
+                        const at::Tensor& dx, const at::Tensor& dy, Stream stream) {
   using at::Tensor;
   const at::AutoDispatchBelowAutograd no_autograd;  // products with an `out` refuse features that require grad
   const at::ScalarType type = call.x.scalar_type();
@@ -64,23 +64,22 @@ inline void run_chunked(const PairwiseBCECuda& problem, const Call& call, const 
   auto right = [&](bool direct, const Tensor& z, size_t start, int64_t rows) {
     return direct ? z : copy(start, rows).narrow(1, 0, problem.d);
   };
-  const bool hopper = is_chunked_hopper(problem);
+  const bool logits = has_chunked_logits(problem);
   const Tensor x = problem.dy ? right(problem.x_direct, call.x, copies.x, copies.m_pad) : Tensor();
   const Tensor y = !problem.dx ? Tensor()
                    : call.y    ? right(problem.y_direct, *call.y, copies.y, copies.k_pad)
                                : right(problem.x_direct, call.x, copies.x, copies.k_pad);
-  const int64_t chunk = std::min<int64_t>(chunk_rows(problem), most_chunk_rows);
+  const int64_t chunk = chunk_rows(problem);
   Tensor products, g;
-  if (!hopper) {
-    products = at::empty({chunk, copies.k_pad}, workspace.options().dtype(at::kFloat));
-    g = products.view(type).narrow(1, 0, copies.k_pad);
+  if (!logits) {
+    g = products = at::empty({chunk, copies.k_pad}, workspace.options().dtype(at::kFloat));
   } else if (problem.dx || problem.dy) {
     g = at::empty({chunk, copies.k_pad}, workspace.options().dtype(type));
   }
   launch_chunked_prepare(problem, stream);
   for (int64_t row0 = 0; row0 < problem.m; row0 += chunk) {
     const int64_t n = std::min(chunk, problem.m - row0);
-    if (hopper) {
+    if (logits) {
       launch_chunked_logits(problem, g.defined() ? g.mutable_data_ptr() : nullptr, int(row0), int(n), stream);
     } else {
       const Tensor rows = copy(copies.x, copies.m_pad).narrow(0, row0, n);
@@ -136,6 +135,7 @@ inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopp
   problem.dparams = call.needs_grad[2] ? dparams.mutable_data_ptr<float>() : nullptr;
   problem.multiprocessors = multiprocessors;
   problem.hopper = hopper;
+  problem.most_chunk_rows = int(most_chunk_rows);
   problem.x_direct = is_chunked_hopper(problem) && !call.x2 && is_direct(call.x, call.normalize);
   problem.y_direct = is_chunked_hopper(problem) && call.y && is_direct(*call.y, call.normalize);
   const Tensor workspace = at::empty({int64_t(workspace_bytes(problem))}, options.dtype(at::kByte));
@@ -144,7 +144,7 @@ inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopp
   if (is_fused(problem))
     launch_pairwise_bce(problem, stream);
   else
-    run_chunked(problem, call, workspace, dx, dy, most_chunk_rows, stream);
+    run_chunked(problem, call, workspace, dx, dy, stream);
   return {loss, stats, dx, dy, dparams};
 }
 
