@@ -7,7 +7,8 @@ Prints of every kernel: registers, stack, shared memory, blocks that fit on a mu
 instructions, exponentials and special functions per logit; of a main loop the bytes that it stores per logit, and the
 instructions, in each form of its terms (without the loss, of a known bound, of any, crossed by a diagonal; special
 functions in brackets) and around them, branches that are rarely taken included. Cubins may be named instead. The kernel
-called logits has each form twice, and around them the products of 64 features.
+called logits has each form twice, and around them the products of 64 features; that called wide, which does the same on
+8.0, has no loop around its terms, and all of it counts.
 
 Exit status 1 if a kernel uses local memory (a spill), if one with a main loop has matrix instructions of another kind
 than is due (HGMMA for 9.0a's own, else HMMA), waits for each of them, has more than two special functions per logit
@@ -89,9 +90,9 @@ def kernel_name(mangled: str) -> str:
     sweep = re.search(r"sweep_(hopper_)?kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32)ELi(\d+)ELb([01])", mangled)
     if sweep:
         return f"{'hopper' if sweep[1] else 'sweep'} {sweep[2]} D<={sweep[3]}" + (" ids" if sweep[4] == "1" else "")
-    logits = re.search(r"chunk_hopper_kernelINS_\d+(Bf16|Fp16)ELb([01])", mangled)
+    logits = re.search(r"chunk_(hopper|logits)_kernelINS_\d+(Bf16|Fp16)ELb([01])", mangled)
     if logits:
-        return f"logits {logits[1]}" + (" ids" if logits[2] == "1" else "")
+        return f"{'logits' if logits[1] == 'hopper' else 'wide'} {logits[2]}" + (" ids" if logits[3] == "1" else "")
     row = re.search(r"(prepare|terms|project)_kernelINS_\d+(Bf16|Fp16x3|Fp16|Tf32|Fp32)E(Lb1|Li32)?", mangled)
     return f"{row[1]} {row[2]}" + {"Lb1": " ids", "Li32": " wide", None: ""}[row[3]] if row else mangled
 
@@ -109,8 +110,8 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
         if name.startswith(HOPPER) and arch != "sm_90a":
             continue
         special, loop = None, ""
-        if name.startswith(("sweep", *HOPPER)):
-            loop = main_loop(part)
+        if name.startswith(("sweep", "wide", *HOPPER)):
+            loop = part if name.startswith("wide") else main_loop(part)
             exponentials = len(re.findall(r"\bMUFU\.EX2", loop))
             special = len(re.findall(r"\bMUFU", loop)) / exponentials if exponentials else float("inf")
         local, exponentials = (len(re.findall(rf"\b(?:{op})\b", part)) for op in ("LDL|STL", r"MUFU\.EX2"))
@@ -147,17 +148,19 @@ def faults(kernel: Kernel, shape: Shape | None) -> list[str]:
         if kernel.name.startswith("terms") and kernel.exponentials < 16:
             wrong.append("too few exponentials")
         return wrong
-    makes_g = kernel.name.startswith("logits")
+    makes_g = kernel.name.startswith(("logits", "wide"))
     due = {"HGMMA" if kernel.name.startswith(HOPPER) else "HMMA"}
     if kernel.matrix != due:
         wrong.append(f"{kernel.matrix or 'no matrix instructions'} where {due} is due")
     # The assembler waits for each where it cannot follow the registers; G's kernel itself for every four of them.
     if kernel.waits > (0.5 if makes_g else 0.25):
         wrong.append("matrix products one at a time")
-    # Two for a logit, and where a tile's sums are added up, a few for its 128.
-    if kernel.special is None or kernel.special > (2.05 if makes_g else 2):
+    # Two for a logit, and where a tile's place is found and its sums are added up, a few for all of them.
+    whole = kernel.name.startswith("wide")
+    if kernel.special is None or kernel.special > (2.3 if whole else 2.05 if makes_g else 2):
         wrong.append("too many special functions")
-    if stored(kernel.loop, shape) != (2 if makes_g else 0):
+    record = 8 / (shape.logits * shape.times) if whole else 0  # eight bytes of it, by a thread
+    if stored(kernel.loop, shape) != (2 + record if makes_g else 0):
         wrong.append("stores more or less than G")
     # Of the loop's body, each with all logits. G's kernel always takes the loss.
     forms = 1 if kernel.name.endswith("ids") else 3 if makes_g else 4

@@ -21,6 +21,13 @@ void print_logits(const char* arithmetic) {
               T::kBlockM * T::kBlockN / T::kThreads / 2);
 }
 
+// Of a row fragment at a time.
+void print_portable_logits(const char* arithmetic) {
+  using T = PortableWideTile;
+  std::printf("wide %s|%d|%d|%d|2\n", arithmetic, T::kThreads, T::kSharedBytes,
+              T::kBlockM * T::kBlockN / T::kThreads / 2);
+}
+
 template <class A>
 void print_portable(const char* arithmetic) {
   print<Tile<A, 64>>("sweep", arithmetic, Tile<A, 64>::kThreads);
@@ -49,4 +56,6 @@ int main() {
   print_hopper<HopperTile<Fp16, 256>>("Fp16");
   print_logits("Bf16");
   print_logits("Fp16");
+  print_portable_logits("Bf16");
+  print_portable_logits("Fp16");
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chunked path's kernels, for rows too wide to keep their gradient in registers. A library multiplies a chunk of
 // rows with all columns; terms_kernel turns these products, where they lie, into loss and G, eq. (7)-(8); a library
-// multiplies that with the columns and the rows; project_kernel adds the positive pairs and eq. (10).
+// multiplies that with the columns and the rows; project_kernel adds the positive pairs and eq. (10). For features of
+// 16 bits the first two are one kernel, chunked_logits.cuh.
 //
 // G carries both sides' norms, so that one matrix serves dx and dy; project_kernel takes the row's own back out.
 // Without ids it is 0 for the positive pair, as in the fused path: whose weight, N times that of a negative pair, would
@@ -19,7 +20,7 @@ struct ChunkTerms {
   Pairs pairs;
   LossParams constants;
   const float* params;
-  float* products;  // [n, cols.n_pad]; G begins where its row does, in the features' type
+  float* products;  // [n, cols.n_pad], and then G
   int row0, n;      // the chunk
   bool grad;
   PairSums* records;  // [ceil(n / kChunkWarps)]
@@ -28,10 +29,6 @@ struct ChunkTerms {
 // Four numbers of G side by side.
 MIO_DEVICE void store_four(float* to, const float (&g)[4]) {
   *reinterpret_cast<float4*>(to) = {g[0], g[1], g[2], g[3]};
-}
-template <class Element>
-MIO_DEVICE void store_four(Element* to, const float (&g)[4]) {
-  *reinterpret_cast<uint2*>(to) = {pack(Element{}, g[0], g[1]), pack(Element{}, g[2], g[3])};
 }
 
 // One row of products, and its sums in one thread of the warp that has it.
@@ -57,7 +54,6 @@ struct RowTerms {
 
   MIO_DEVICE void sweep(float* products) {
     const int lane = threadIdx.x % 32;
-    auto* g_row = reinterpret_cast<typename A::Element*>(products);
     for (int group = 0; group < in.cols.n_pad; group += 128 * kGroup) {
       float4 s[kGroup];
 #pragma unroll
@@ -65,14 +61,13 @@ struct RowTerms {
         const int col = group + 128 * i + 4 * lane;
         if (col < in.cols.n_pad) s[i] = *reinterpret_cast<const float4*>(products + col);
       }
-      sync_warp();  // G in 16 bits of this group may lie where the warp has just read
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         const int col = group + 128 * i + 4 * lane;
         if (col >= in.cols.n_pad) continue;
         float g[4] = {s[i].x, s[i].y, s[i].z, s[i].w};
         four(g, col);
-        if (in.grad) store_four(g_row + col, g);
+        if (in.grad) store_four(products + col, g);
       }
     }
   }

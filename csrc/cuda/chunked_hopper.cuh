@@ -11,33 +11,24 @@
 // other is at its terms.
 #pragma once
 
-#include "chunked.cuh"
+#include "chunked_logits.cuh"
 #include "sweep_hopper.cuh"
 
 namespace mio_ext {
 
-struct ChunkLogits {
-  Prepared rows, cols;  // gathered
-  Pairs pairs;
-  LossParams constants;
-  const float* params;
-  bool normalize;
-  int blocks;         // of features
-  int row0, n;        // the chunk
-  void* g;            // [n up to a multiple of kChunkMultiple, cols.n_pad] in the features' type, or nullptr
-  bool first;         // of the chunks: the records are written, not added to
-  PairSums* records;  // [gridDim.x]
+// A cluster's pairs of tiles, and of these the one of the block's place in it.
+struct TilePairs {
+  const ChunkLogits& in;
 
-  // By pairs of tiles, and of these the one of the block's place in its cluster.
-  MIO_DEVICE int row_pairs() const { return ceil_div(n, WideTile::kClusterRows); }
-  MIO_DEVICE int pairs_of_tiles() const { return row_pairs() * (cols.n_pad / WideTile::kBlockN); }
+  MIO_DEVICE int row_pairs() const { return ceil_div(in.n, WideTile::kClusterRows); }
+  MIO_DEVICE int count() const { return row_pairs() * (in.cols.n_pad / WideTile::kBlockN); }
   MIO_DEVICE int first_row(int pair) const {
-    return row0 + pair % row_pairs() * WideTile::kClusterRows + cluster_rank() * WideTile::kBlockM;
+    return in.row0 + pair % row_pairs() * WideTile::kClusterRows + cluster_rank() * WideTile::kBlockM;
   }
   MIO_DEVICE int first_column(int pair) const { return pair / row_pairs() * WideTile::kBlockN; }
 
   MIO_DEVICE static int cluster_rank() { return blockIdx.x % WideTile::kCluster; }
-  MIO_DEVICE static int first_pair() { return blockIdx.x / WideTile::kCluster; }
+  MIO_DEVICE static int first() { return blockIdx.x / WideTile::kCluster; }
   MIO_DEVICE static int clusters() { return gridDim.x / WideTile::kCluster; }
 };
 static_assert(WideTile::kClusterRows == kChunkMultiple && WideTile::kBlockN == WideTile::kCluster * kRowMultiple);
@@ -49,15 +40,16 @@ static_assert(WideTile::kClusterRows == kChunkMultiple && WideTile::kBlockN == W
 // had a block of the tile before, of which there are at least kStages. Who has read that is done with the tile before.
 MIO_DEVICE void produce_chunk(const ChunkLogits& in, uint32_t smem) {
   using T = WideTile;
-  const int row_bytes = in.blocks * kBlockRowBytes, rank = in.cluster_rank();
+  const TilePairs pairs{in};
+  const int row_bytes = in.width * 2, blocks = in.width / kBlockFeatures, rank = pairs.cluster_rank();
   PipelineState<T> state{smem};
   uint32_t factors = smem + T::kFactorsAt, other_factors = factors + T::kFactorBytes;
-  for (int pair = in.first_pair(); pair < in.pairs_of_tiles(); pair += in.clusters()) {
-    const int col0 = in.first_column(pair);
-    const auto* rows = static_cast<const unsigned char*>(in.rows.z) + int64_t(in.first_row(pair)) * row_bytes;
+  for (int pair = pairs.first(); pair < pairs.count(); pair += pairs.clusters()) {
+    const int col0 = pairs.first_column(pair);
+    const auto* rows = static_cast<const unsigned char*>(in.rows.z) + int64_t(pairs.first_row(pair)) * row_bytes;
     const auto* columns =
         static_cast<const unsigned char*>(in.cols.z) + int64_t(col0 + rank * kRowMultiple) * row_bytes;
-    for (int block = 0; block < in.blocks; ++block, state.next()) {
+    for (int block = 0; block < blocks; ++block, state.next()) {
       mbarrier_wait(state.empty(), state.parity ^ 1);
       mbarrier_arrive_expecting(state.full(), T::kStageBytes + (block == 0 ? T::kFactorBytes : 0));
       bulk_copy(state.columns() - T::kColumnsAt, rows + int64_t(block) * T::kGroupBytes, T::kGroupBytes, state.full());
@@ -103,21 +95,6 @@ MIO_DEVICE void wide_logits(float (&s)[WideTile::kBlockN / 8][4], PipelineState<
   release();
 }
 
-// G of N x 8 columns from `to` on, which is this thread's first row and column; s has sigma times the column's norm.
-template <class A, int N>
-MIO_DEVICE void store_g(typename A::Element* to, int64_t next_row, const float (&s)[N][4], const float (&inverse)[2]) {
-  const typename A::Element type{};
-#pragma unroll
-  for (int n = 0; n < N; n += 4)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t w[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = pack(type, s[n + i][2 * h] * inverse[h], s[n + i][2 * h + 1] * inverse[h]);
-      *reinterpret_cast<uint4*>(to + h * next_row + Gathered::column(n)) = {w[0], w[1], w[2], w[3]};
-    }
-}
-
 // Loss, statistics and G of a consumer's logits. Terms take half of the columns at a time: they multiply 64 factors
 // 1 + e at most.
 template <class A, bool kIds>
@@ -126,7 +103,8 @@ MIO_DEVICE void wide_terms(const ChunkLogits& in, const Coefficients& coefficien
                            double (&sums)[kSums]) {
   using T = WideTile;
   constexpr int kHalf = T::kBlockN / 2, N = kHalf / 8;
-  const int lane = threadIdx.x % 32, tile_row0 = in.first_row(pair), tile_col0 = in.first_column(pair);
+  const int lane = threadIdx.x % 32, tile_row0 = TilePairs{in}.first_row(pair),
+            tile_col0 = TilePairs{in}.first_column(pair);
   const int row0 = tile_row0 + gathered(threadIdx.x / 32 * 16 + lane / 4);  // this thread's first
   TileTerms<A, 1, kIds, Gathered> terms(in.rows, in.cols, row0, coefficients, in.normalize);
   const float inverse[2] = {in.rows.inverse[row0], in.rows.inverse[row0 + Gathered::kNextRow]};
@@ -157,7 +135,7 @@ __global__ void __launch_bounds__(WideTile::kThreads + WideTile::kProducerThread
   using T = WideTile;
   const uint32_t smem = shared_address(shared_memory());
   if (threadIdx.x == 0) {
-    if (smem % 1024 != 0 || in.blocks < T::kStages) trap();
+    if (smem % 1024 != 0 || in.width < T::kStages * kBlockFeatures) trap();
     PipelineState<T> state{smem};
     for (int i = 0; i < T::kStages; ++i, state.next())
       mbarrier_init(state.full(), 1), mbarrier_init(state.empty(), T::kCluster * T::kWarps);
@@ -171,15 +149,16 @@ __global__ void __launch_bounds__(WideTile::kThreads + WideTile::kProducerThread
   }
   more_registers<T::kConsumerRegisters>();
 
-  const int consumer = threadIdx.x / 128, first = in.first_pair();
+  const TilePairs pairs{in};
+  const int consumer = threadIdx.x / 128, first = pairs.first();
   const Coefficients coefficients(read_params(in.constants, in.params));
   double sums[kSums] = {};
   PipelineState<T> state{smem};
   uint32_t factors = smem + T::kFactorsAt, other_factors = factors + T::kFactorBytes;
-  if (consumer == 1 && first < in.pairs_of_tiles()) barrier_wait(kHeadStart, T::kThreads);
-  for (int pair = first; pair < in.pairs_of_tiles(); pair += in.clusters()) {
+  if (consumer == 1 && first < pairs.count()) barrier_wait(kHeadStart, T::kThreads);
+  for (int pair = first; pair < pairs.count(); pair += pairs.clusters()) {
     float s[1][T::kBlockN / 8][4];
-    wide_logits<A>(s[0], state, in.blocks, consumer, pair == first);
+    wide_logits<A>(s[0], state, in.width / kBlockFeatures, consumer, pair == first);
     wide_terms<A, kIds>(in, coefficients, s, factors, pair, consumer, sums);
     const uint32_t used = factors;
     factors = other_factors, other_factors = used;

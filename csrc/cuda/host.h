@@ -77,7 +77,7 @@ inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0
 
 // Memory of O(chunk K). Units of 2 M K D operations: 2 without y, else 1 and one for each gradient.
 inline void run_chunked(const PairwiseBCECuda& problem, const Call& call, const Tensor& workspace, const Tensor& dx,
-                        const Tensor& dy, int64_t most_chunk_rows, Stream stream) {
+                        const Tensor& dy, Stream stream) {
   const WithoutGradients no_gradients;
   const ScalarType type = call.x.scalar_type();
   const ChunkedCopies copies = chunked_copies(problem);
@@ -89,23 +89,22 @@ inline void run_chunked(const PairwiseBCECuda& problem, const Call& call, const 
   auto right = [&](bool direct, const Tensor& z, size_t start, int64_t rows) {
     return direct ? z : columns(copy(start, rows), problem.d);
   };
-  const bool hopper = is_chunked_hopper(problem);
+  const bool logits = has_chunked_logits(problem);
   std::optional<Tensor> x, y, products, g;
   if (problem.dy) x = right(problem.x_direct, call.x, copies.x, copies.m_pad);
   if (problem.dx)
     y = call.y ? right(problem.y_direct, *call.y, copies.y, copies.k_pad)
                : right(problem.x_direct, call.x, copies.x, copies.k_pad);
-  const int64_t chunk = std::min<int64_t>(chunk_rows(problem), most_chunk_rows);
-  if (!hopper) {
-    products = empty({chunk, copies.k_pad}, ScalarType::Float, call.x);
-    g = columns(torch::stable::view(*products, type), copies.k_pad);
+  const int64_t chunk = chunk_rows(problem);
+  if (!logits) {
+    g = products = empty({chunk, copies.k_pad}, ScalarType::Float, call.x);
   } else if (problem.dx || problem.dy) {
     g = empty({chunk, copies.k_pad}, type, call.x);
   }
   launch_chunked_prepare(problem, stream);
   for (int64_t row0 = 0; row0 < problem.m; row0 += chunk) {
     const int64_t n = std::min(chunk, problem.m - row0);
-    if (hopper) {
+    if (logits) {
       launch_chunked_logits(problem, g ? g->mutable_data_ptr() : nullptr, int(row0), int(n), stream);
     } else {
       const Tensor some = rows(*products, 0, n);
@@ -158,6 +157,7 @@ inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopp
   problem.dparams = needs[2] ? dparams.mutable_data_ptr<float>() : nullptr;
   problem.multiprocessors = multiprocessors;
   problem.hopper = hopper;
+  problem.most_chunk_rows = int(most_chunk_rows);
   problem.x_direct = is_chunked_hopper(problem) && !call.x2 && is_direct(call.x, call.normalize);
   problem.y_direct = is_chunked_hopper(problem) && call.y && is_direct(*call.y, call.normalize);
   const Tensor workspace = empty({int64_t(workspace_bytes(problem))}, ScalarType::Byte, call.x);
@@ -166,7 +166,7 @@ inline Outputs run_pairwise_bce(const Call& call, int multiprocessors, bool hopp
   if (is_fused(problem))
     launch_pairwise_bce(problem, stream);
   else
-    run_chunked(problem, call, workspace, dx, dy, most_chunk_rows, stream);
+    run_chunked(problem, call, workspace, dx, dy, stream);
   return {loss, stats, dx, dy, dparams};
 }
 

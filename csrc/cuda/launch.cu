@@ -16,6 +16,8 @@ extern template struct LaunchHopper<Fp16>;
 extern template struct LaunchChunked<Bf16>;
 extern template struct LaunchChunked<Fp16>;
 extern template struct LaunchChunked<Fp32>;
+extern template struct LaunchChunkedLogits<Bf16>;
+extern template struct LaunchChunkedLogits<Fp16>;
 extern template struct LaunchChunkedHopper<Bf16>;
 extern template struct LaunchChunkedHopper<Fp16>;
 
@@ -23,6 +25,7 @@ namespace {
 
 int padded_width(const PairwiseBCECuda& in) {
   if (is_chunked_hopper(in)) return ceil_div(in.d, kBlockFeatures) * kBlockFeatures;
+  if (has_chunked_logits(in)) return ceil_div(in.d, PortableWideTile::kFeatures) * PortableWideTile::kFeatures;
   if (!is_fused(in)) return ceil_div(in.d, 16) * 16;
   return in.d <= 64 ? 64 : in.d <= 128 ? 128 : 256;
 }
@@ -35,6 +38,22 @@ Layout layout_of(const PairwiseBCECuda& in) {
 // Of chunk_hopper_kernel.
 int wide_blocks(const PairwiseBCECuda& in) {
   return std::max(in.multiprocessors / WideTile::kCluster, 1) * WideTile::kCluster;
+}
+
+// Rows of which a chunk's G, with gradients and copies of 12 bytes a feature, takes no more than siglip-kernel 0.1.2
+// takes for as many rows, which holds gradients of 16 bits and G of up to twice 4096 rows. Where no chunk is that
+// small, what is left is speed.
+int wide_chunk_rows(const PairwiseBCECuda& in) {
+  const int sides = in.y.data ? 2 : 1, fit = std::min(std::max(in.m, in.k), 8192) - 2 * sides * padded_width(in) - 128;
+  return fit < kChunkMultiple ? 1024 : fit;
+}
+
+// Others: the bytes of float32 products, which grow with the columns alone.
+int rows_of_chunk(const PairwiseBCECuda& in, int m_pad, int k_pad) {
+  constexpr int64_t kProductBytes = int64_t(512) << 20;
+  const int64_t fit = std::min<int64_t>(
+      has_chunked_logits(in) ? wide_chunk_rows(in) : kProductBytes / (int64_t(k_pad) * 4), in.most_chunk_rows);
+  return int(std::min<int64_t>(std::max<int64_t>(fit / kChunkMultiple, 1) * kChunkMultiple, m_pad));
 }
 
 // The smallest tiles of any kernel, so the most blocks there can be.
@@ -79,8 +98,12 @@ struct Workspace {
       n_records = int(2 * blocks + 2 * slots);
       n_tickets = 2 + ceil_div(in.m, kSmallestBlockM) + ceil_div(in.k, kSmallestBlockM);
     } else {
+      using T = PortableWideTile;
       const int rows = ceil_div(in.m, kChunkWarps);
-      n_records = (is_chunked_hopper(in) ? wide_blocks(in) : rows) + rows;
+      n_records = rows + (is_chunked_hopper(in) ? wide_blocks(in)
+                          : has_chunked_logits(in)
+                              ? ceil_div(rows_of_chunk(in, x.n_pad, y.n_pad), T::kBlockM) * (y.n_pad / T::kBlockN)
+                              : rows);
       n_tickets = 1;
     }
     records = carver.take<PairSums>(n_records);
@@ -223,22 +246,9 @@ void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream) {
   with_chunked(problem.arithmetic, [&](auto launch) { launch.prepare(prepare, stream); });
 }
 
-// Rows of which a chunk's G, with gradients and copies of 12 bytes a feature, takes no more than siglip-kernel 0.1.2
-// takes for as many rows, which holds gradients of 16 bits and G of up to twice 4096 rows. Where no chunk is that
-// small, what is left is speed.
-int wide_chunk_rows(const PairwiseBCECuda& in) {
-  const int sides = in.y.data ? 2 : 1, fit = std::min(std::max(in.m, in.k), 8192) - 2 * sides * padded_width(in) - 128;
-  return fit < kChunkMultiple ? 1024 : fit;
-}
-
-// Others: the bytes of float32 products, which grow with the columns alone.
 int chunk_rows(const PairwiseBCECuda& problem) {
   const Workspace work(problem);
-  constexpr int64_t kProductBytes = int64_t(512) << 20;
-  const int64_t fit =
-      is_chunked_hopper(problem) ? wide_chunk_rows(problem) : kProductBytes / (int64_t(work.y.n_pad) * 4);
-  const int64_t rows = std::max<int64_t>(fit / kChunkMultiple, 1) * kChunkMultiple;
-  return int(std::min<int64_t>(rows, work.x.n_pad));
+  return rows_of_chunk(problem, work.x.n_pad, work.y.n_pad);
 }
 
 void launch_chunked_logits(const PairwiseBCECuda& problem, void* g, int row0, int n, Stream stream) {
@@ -248,15 +258,17 @@ void launch_chunked_logits(const PairwiseBCECuda& problem, void* g, int row0, in
   logits.pairs = pairs_of(problem);
   logits.constants = problem.constants, logits.params = problem.params;
   logits.normalize = problem.normalize;
-  logits.blocks = padded_width(problem) / kBlockFeatures;
+  logits.width = padded_width(problem);
   logits.row0 = row0, logits.n = n;
   logits.g = g;
   logits.first = row0 == 0;
   logits.records = work.records;
-  if (problem.arithmetic == Arithmetic::kBf16)
-    LaunchChunkedHopper<Bf16>::logits(logits, wide_blocks(problem), stream);
+  const bool bf16 = problem.arithmetic == Arithmetic::kBf16;
+  if (problem.hopper)
+    (bf16 ? LaunchChunkedHopper<Bf16>::logits : LaunchChunkedHopper<Fp16>::logits)(logits, wide_blocks(problem),
+                                                                                   stream);
   else
-    LaunchChunkedHopper<Fp16>::logits(logits, wide_blocks(problem), stream);
+    (bf16 ? LaunchChunkedLogits<Bf16>::logits : LaunchChunkedLogits<Fp16>::logits)(logits, stream);
 }
 
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream) {
@@ -269,7 +281,7 @@ void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int r
   terms.row0 = row0, terms.n = n;
   terms.grad = problem.dx || problem.dy;
   terms.records = work.records + row0 / kChunkWarps;
-  with_chunked(problem.arithmetic, [&](auto launch) { launch.terms(terms, stream); });
+  LaunchChunkedTerms::terms(terms, stream);
 }
 
 void launch_chunked_project(const PairwiseBCECuda& problem, Stream stream) {

@@ -49,12 +49,21 @@ struct LaunchHopper {
 template <class A>
 struct LaunchChunked {
   static void prepare(const Prepare& in, Stream stream);
-  static void terms(const ChunkTerms& in, Stream stream);
   static void project(const ChunkProjection& in, Stream stream);
 };
 
+// For float32, of products by a library.
+struct LaunchChunkedTerms {
+  static void terms(const ChunkTerms& in, Stream stream);
+};
+
 struct ChunkLogits;
-// Its products and terms in one, for compute capability 9.0; instantiated in instantiate/chunked_hopper.cu.
+// Its products and terms in one, for features of 16 bits; instantiated in instantiate/chunked_logits.cu.
+template <class A>
+struct LaunchChunkedLogits {
+  static void logits(const ChunkLogits& in, Stream stream);
+};
+// The same for compute capability 9.0; instantiated in instantiate/chunked_hopper.cu.
 template <class A>
 struct LaunchChunkedHopper {
   static void logits(const ChunkLogits& in, int blocks, Stream stream);

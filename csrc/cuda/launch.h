@@ -54,7 +54,8 @@ struct PairwiseBCECuda {
   bool hopper;
   // Chunked, with that kernel: a library multiplies by the features as they come, and no dense copy is made of them.
   bool x_direct, y_direct;
-  void* workspace;  // workspace_bytes(), aligned to 256
+  int most_chunk_rows;  // at least kChunkMultiple
+  void* workspace;      // workspace_bytes(), aligned to 256
 };
 
 // Up to this many features all is done in one kernel for each gradient.
@@ -71,10 +72,10 @@ inline bool is_fused(const PairwiseBCECuda& problem) {
 inline bool is_half(const PairwiseBCECuda& problem) {
   return problem.arithmetic == Arithmetic::kBf16 || problem.arithmetic == Arithmetic::kFp16;
 }
-// Whether the chunked path's logits are chunk_hopper_kernel's.
-inline bool is_chunked_hopper(const PairwiseBCECuda& problem) {
-  return problem.hopper && is_half(problem) && !is_fused(problem);
-}
+// Whether the chunked path makes logits and G in one kernel.
+inline bool has_chunked_logits(const PairwiseBCECuda& problem) { return is_half(problem) && !is_fused(problem); }
+// Whether that is chunk_hopper_kernel.
+inline bool is_chunked_hopper(const PairwiseBCECuda& problem) { return problem.hopper && has_chunked_logits(problem); }
 
 bool hopper_is_built();
 
@@ -95,11 +96,11 @@ ChunkedCopies chunked_copies(const PairwiseBCECuda& problem);
 // Rows of a chunk, a multiple of that.
 int chunk_rows(const PairwiseBCECuda& problem);
 void launch_chunked_prepare(const PairwiseBCECuda& problem, Stream stream);
-// If is_chunked_hopper(): G of rows row0 to row0 + n - 1 in the features' type, [n up to kChunkMultiple, k_pad];
+// If has_chunked_logits(): G of rows row0 to row0 + n - 1 in the features' type, [n up to kChunkMultiple, k_pad];
 // nullptr: not wanted.
 void launch_chunked_logits(const PairwiseBCECuda& problem, void* g, int row0, int n, Stream stream);
-// products [n, k_pad] of rows row0 to row0 + n - 1 become G in the features' type: row i begins where it did. dx
-// [M, D] is then G times y, and dy [K, D] its transpose times x, summed over chunks.
+// Else products [n, k_pad] of rows row0 to row0 + n - 1 become G. dx [M, D] is then G times y, and dy [K, D] its
+// transpose times x, summed over chunks.
 void launch_chunked_terms(const PairwiseBCECuda& problem, float* products, int row0, int n, Stream stream);
 void launch_chunked_project(const PairwiseBCECuda& problem, Stream stream);
 

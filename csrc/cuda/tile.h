@@ -81,6 +81,9 @@ struct Gathered {
   static constexpr int kNextRow = 2, kLaneColumns = 8;
   MIO_HOST_DEVICE static constexpr int column(int n) { return n / 4 * 32 + n % 4 * 2; }
 };
+struct GatheredColumns : Gathered {  // and the rows as they are
+  static constexpr int kNextRow = 8;
+};
 
 // A block of four warps owns kBlockM rows, kRowFragments x 16 to a warp, and goes over tiles of kBlockN columns.
 // What fills registers is the rows' gradient: kRowFragments kWidth / 2 numbers a thread. Two row fragments a warp
@@ -160,6 +163,26 @@ struct WideTile {
   static constexpr int kFactorsAt = kStages * kStageBytes, kFactorBytes = kBlockN * 4;  // of this tile and the next
   static constexpr int kBarriersAt = kFactorsAt + 2 * kFactorBytes;
   static constexpr int kSharedBytes = kBarriersAt + 16 * kStages;
+};
+
+// The same with the matrix instructions that every capability has: 32 features at a time, in shared memory that lets
+// two blocks on a multiprocessor of 100 KiB.
+struct PortableWideTile {
+  static constexpr int kWarps = 8, kThreads = 32 * kWarps;
+  static constexpr int kBlockM = 128, kBlockN = 128;
+  static constexpr int kWarpM = 32, kWarpN = 64;  // of a warp: two row fragments
+  static constexpr int kStages = 3;
+  static constexpr int kFeatures = 32, kRowBytes = 2 * kFeatures;
+  static constexpr int kColumnsAt = kBlockM * kRowBytes;  // in a stage; the rows come first
+  static constexpr int kStageBytes = kColumnsAt + kBlockN * kRowBytes;
+  static constexpr int kFactorsAt = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kFactorsAt + kBlockN * 4;
+
+  // Two rows share 128 bytes, and chunk c of row r lies at c ^ (r / 2 % 4) of its half: eight rows of one chunk fill
+  // all banks once.
+  MIO_HOST_DEVICE static constexpr uint32_t place(uint32_t row, uint32_t chunk) {
+    return row / 2 * 128 + row % 2 * 64 + ((chunk ^ (row / 2 % 4)) << 4);
+  }
 };
 
 // Rows in shared memory are whole multiples of 128 bytes, so equal columns of all rows share a bank. The 16-byte

@@ -177,10 +177,10 @@ inline void write(void* to, const std::vector<float>& numbers) {
 }
 
 // As host.h does, with the library's products on the host.
-inline void run_chunked(const PairwiseBCECuda& p, const Type& type, int most_chunk_rows) {
+inline void run_chunked(const PairwiseBCECuda& p, const Type& type) {
   const ChunkedCopies copies = chunked_copies(p);
   const auto* start = static_cast<const unsigned char*>(p.workspace);
-  const int fit = chunk_rows(p), chunk = fit < most_chunk_rows ? fit : most_chunk_rows;
+  const int chunk = chunk_rows(p);
   Buffer g_buffer(size_t(chunk) * size_t(copies.k_pad) * 2, 256);
   const bool grad = p.dx || p.dy;
   launch_chunked_prepare(p, nullptr);
@@ -253,11 +253,12 @@ inline Outputs run(const Type& type, const Case& c, const LossParams& params, co
   p.dparams = dparams.as<float>();
   p.multiprocessors = options.multiprocessors;
   p.hopper = options.hopper;
-  const bool direct = !c.normalize && c.d % 8 == 0 && x.features.col_stride == 1;
+  p.most_chunk_rows = options.most_chunk_rows;
+  const bool direct = p.hopper && !c.normalize && c.d % 8 == 0 && x.features.col_stride == 1;
   p.x_direct = direct && p.x_rows == p.m, p.y_direct = direct && c.k;
   Buffer workspace(workspace_bytes(p), 256);
   p.workspace = workspace.data();
-  is_fused(p) ? launch_pairwise_bce(p, nullptr) : run_chunked(p, type, options.most_chunk_rows);
+  is_fused(p) ? launch_pairwise_bce(p, nullptr) : run_chunked(p, type);
   wait_for_device();
   loss.get(&out.loss), stats.get(out.stats.data()), dparams.get(out.dparams.data()), dx.get(dx_with_odd.data());
   std::copy(dx_with_odd.begin() + odd, dx_with_odd.end(), out.dx.begin());

@@ -203,6 +203,15 @@ bool check_maps() {
     for (int n = 0; n < WideTile::kBlockN / 8; ++n)
       for (int j = 0; j < 2; ++j)
         good = good && gathered(8 * n + 2 * q + j) == Gathered::column(n) + q * Gathered::kLaneColumns + j;
+  std::vector<bool> taken(1024);
+  for (uint32_t row = 0; row < 128; ++row)
+    for (uint32_t chunk = 0; chunk < 4; ++chunk) {
+      const uint32_t at = PortableWideTile::place(row, chunk);
+      good = good && at % 16 == 0 && at < 128 * PortableWideTile::kRowBytes && !taken[at / 16] &&
+             at == (PortableWideTile::place(row, chunk & 1) ^ (chunk & 2) << 4) &&
+             PortableWideTile::place((row + 16) % 128, chunk) == (at + 1024) % 8192;
+      taken[at / 16] = true;
+    }
   for (int rows : {1, 256, 1000, 65536, 1 << 20})
     for (int cols : {1, 31, 4097, 65536}) {
       const Plan p = plan_sweep(rows, cols, 128, 128, 32, 264, 528, false);
@@ -234,7 +243,7 @@ bool check_memory() {
       p.arithmetic = Arithmetic::kBf16;
       p.x.data = p.y.data = &some, p.dx = p.dy = &some;
       p.x_rows = p.m = p.k = b, p.d = d;
-      p.multiprocessors = 132, p.hopper = p.x_direct = p.y_direct = true;
+      p.most_chunk_rows = b, p.multiprocessors = 132, p.hopper = p.x_direct = p.y_direct = true;
       const int64_t bytes = 2 * int64_t(b) * d * 4 + int64_t(workspace_bytes(p)) + int64_t(chunk_rows(p)) * b * 2;
       const int64_t limit = siglip_kernel_bytes(b, d);
       if (bytes <= limit || b < 4 * d + 384) continue;
@@ -257,12 +266,12 @@ constexpr Case kCases[] = {
     {20, 1100, 64, 3, 500, true, true, false},  {10, 600, 130, 0, 30, false, true, false},  // more tiles than stages
     {20, 1800, 128, 3, 500, true, true, false},
 };
-// Chunked, with the kernel for compute capability 9.0.
+// Chunked, with one kernel for logits and G.
 constexpr Case kWideCases[] = {
     {130, 0, 300, 65, 0, true, true, false},    {300, 0, 257, 150, 0, true, true, false},
     {140, 290, 270, 5, 3, true, true, false},   {290, 140, 333, 0, 0, false, true, false},
     {260, 520, 320, 0, 0, false, false, false}, {100, 600, 512, 3, 500, true, false, false},
-    {150, 100, 264, 0, 0, false, false, true},  {129, 0, 384, 0, 0, true, true, true},
+    {270, 100, 264, 0, 0, false, false, true},  {259, 0, 384, 0, 0, true, true, true},
     {1, 1, 1152, 0, 0, false, false, false},    {257, 257, 768, 0, 0, false, false, false},
 };
 
@@ -329,7 +338,7 @@ void run_all(const Type& type, bool hopper, const Filter& filter, Tally& tally) 
     }
   for (const Case& c : kWideCases)
     for (int multiprocessors : {1, 5}) {  // one chunk, and the smallest chunks
-      if (!hopper || !filter.takes(type, hopper, c.d)) continue;
+      if (type.bytes == 4 || (!hopper && multiprocessors == 1) || !filter.takes(type, hopper, c.d)) continue;
       options.multiprocessors = multiprocessors;
       options.most_chunk_rows = multiprocessors == 1 ? 1 << 20 : kChunkMultiple;
       tally.run(type, hopper, name_of(c, multiprocessors), [&] { return check(type, c, options); });

@@ -62,7 +62,7 @@ def test_machine_code():
 
 @pytest.fixture(scope="module")
 def emulated_ops():
-    """The op in the emulator, with each of its kernels; chunks are of 128 rows."""
+    """The op in the emulator, with each of its kernels; chunks are of 256 rows."""
     folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
     sources = [ROOT / "tests" / "native" / "cuda_emulated_op.cpp"]
@@ -281,7 +281,7 @@ def test_views_that_agree(noise, dim, dtype, precision, emulated):
 @pytest.mark.parametrize("form", ["plain", "ids", "strided"])
 @pytest.mark.parametrize("frozen", ["", "x", "y", "xy"])
 def test_siglip_loss_of_wide_rows_in_16_bits(frozen, form, m, k, dim, emulated):
-    """Chunks of 128 rows. Plain rows of 272 features the library takes as they are, the others from a copy."""
+    """Chunks of 256 rows. Plain rows of 272 features the library takes as they are, the others from a copy."""
     x, y = (torch.nn.functional.normalize(z).bfloat16() for z in views(290, dim))
     x, y = x[:m], y[:k]
     if form == "strided":

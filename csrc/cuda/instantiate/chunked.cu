@@ -10,9 +10,8 @@ void LaunchChunked<A>::prepare(const Prepare& in, Stream stream) {
   launch_prepare<A, kWideRowLanes>(in, stream);
 }
 
-template <class A>
-void LaunchChunked<A>::terms(const ChunkTerms& in, Stream stream) {
-  launch(in.rows.ids ? terms_kernel<A, true> : terms_kernel<A, false>, dim3(ceil_div(in.n, kChunkWarps)),
+void LaunchChunkedTerms::terms(const ChunkTerms& in, Stream stream) {
+  launch(in.rows.ids ? terms_kernel<Fp32, true> : terms_kernel<Fp32, false>, dim3(ceil_div(in.n, kChunkWarps)),
          32 * kChunkWarps, kChunkShared, stream, in);
 }
 
