@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import report_loss, report_processes, report_search, report_steps, report_training
+from benchmarks.harness import report_loss, report_processes, report_search, report_steps, report_training, report_wheel
 from benchmarks.harness.paths import ROOT
 from benchmarks.harness.tables import PLOT_NAMES, data_files
 
@@ -38,6 +38,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "accuracy-report": report_steps.performance_accuracy,
     "processes": report_processes.measured,
     "ring-on-paper": report_processes.on_paper,
+    "every-torch": report_wheel.every_torch,
 }
 
 

@@ -51,3 +51,7 @@ MIO_LIBRARY_IMPL(MIO_OPS, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace mio_ext
+
+#if defined(REGISTER_EXTENSION)
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
+#endif

@@ -11,8 +11,13 @@
 #include <sstream>
 #include <stdexcept>
 
-// The namespace of the ops; a build for Hugging Face's kernel hub has one of its own.
-#if !defined(MIO_OPS)
+// The namespace of the ops. Hugging Face's kernel-builder (build.toml) has one for each build, so that several can be
+// loaded at a time, and a header that says so.
+#if __has_include("registration.h")
+#include "registration.h"
+#define MIO_OPS TORCH_EXTENSION_NAME
+#define MIO_VERSION ""
+#elif !defined(MIO_OPS)
 #define MIO_OPS mio_ext
 #endif
 #define MIO_LIBRARY(ops, m) STABLE_TORCH_LIBRARY(ops, m)  // with MIO_OPS spelt out

@@ -18,10 +18,15 @@ import torch
 
 from .version import __version__
 
+try:  # Hugging Face's kernel-builder makes this module, with a namespace for each build, and loads the ops
+    _hub: Any = importlib.import_module(f"{__package__}._ops")
+except ModuleNotFoundError:
+    _hub = None
+
 OLDEST_TORCH = (2, 10)
 FOLDER = Path(__file__).parent
 #: The namespace of the ops in ``torch.ops``.
-NAMESPACE = "mio_ext"
+NAMESPACE: str = "mio_ext" if _hub is None else _hub.add_op_namespace_prefix("").removesuffix("::")
 REINSTALL = "run: pip install --force-reinstall mio_ext, or in a clone: python setup.py build_ext --force"
 
 
@@ -60,6 +65,8 @@ def _mismatch(name: str, version: str) -> str | None:
 
 
 def _load_ops() -> str | None:
+    if _hub is not None:
+        return None
     failure = _load("libmio_ext")
     if failure is not None:
         return failure
@@ -68,6 +75,8 @@ def _load_ops() -> str | None:
 
 
 def _load_cuda() -> str | None:
+    if _hub is not None:
+        return None if hasattr(ops(), "cuda_versions") else "this build has no CUDA kernels"
     if failure is not None:
         return failure
     if torch.version.cuda is None:
@@ -99,4 +108,4 @@ def cuda_mismatch() -> str | None:
     if driver < runtime // 1000 * 1000:
         of = [f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime)]
         return f"the driver is for CUDA {of[0]} and the kernels need one for {of[1]}; install a later driver"
-    return _mismatch("libmio_ext_cuda", version)
+    return None if _hub is not None else _mismatch("libmio_ext_cuda", version)

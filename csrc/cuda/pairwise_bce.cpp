@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA implementation of the op: what host.h does, on the features' device and its stream.
+#if !defined(USE_CUDA)
+#define USE_CUDA  // has torch's headers name what is CUDA's
+#endif
+#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "host.h"

@@ -100,6 +100,14 @@ def test_an_installed_command_is_its_script():
     assert re.findall(r"^usage: (\w+)\.py ", done.stdout, re.M) == [function for _, function in commands]
 
 
+def test_kernel_builder_is_given_every_source():
+    build = tomllib.loads((ROOT / "build.toml").read_text())
+    told = {*build["torch"]["src"], *build["kernel"]["mio_ext_cuda"]["src"]}
+    ours = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")}
+    assert ours - told == {"csrc/bindings.cpp", "csrc/old_symbols.cpp"} and told <= ours
+    assert (ROOT / "torch-ext" / build["general"]["name"] / "__init__.py").exists()
+
+
 def test_the_extra_is_the_group():
     """A group cannot refer to an extra of its own project, so the list stands twice."""
     assert PROJECT["project"]["optional-dependencies"]["train"] == PROJECT["dependency-groups"]["train"]
