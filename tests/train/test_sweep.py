@@ -2,9 +2,6 @@
 """Sweeps: the table, a tiny one from start to ranking in two calls, what is refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -14,8 +11,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("safetensors.torch")
 
 from train import sweep
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 TINY = """
 [hold-out]
@@ -92,22 +87,22 @@ def test_ranking_is_by_k_nn_with_standard_errors():
     assert second.split() == ["low", "3", "12.0", "±", "1.2", "50.0", "±", "0.0"]
 
 
-def test_a_sweep_stops_goes_on_and_ranks(tmp_path):
+def test_a_sweep_stops_goes_on_and_ranks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)  # pytest keeps its own
     table, out = write(tmp_path, TINY), tmp_path / "out"
-    command = [sys.executable, str(ROOT / "train" / "sweep.py"), str(table), "--output", str(out), "--jobs", "2"]
-    command += ["--minutes", "{}", "--", "--device", "cpu"]
+    command = [str(table), "--output", str(out), "--jobs", "2", "--minutes"]
 
-    def call(minutes):
-        now = [part.format(minutes) for part in command]
-        return subprocess.run(now, capture_output=True, text=True, timeout=300, env={**os.environ} | ONE_THREAD)
-
-    stopped = call("0")
-    assert stopped.returncode == 0 and "0 of 2 runs" in stopped.stdout and "goes on" in stopped.stdout
-    done = call("5")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert sweep.run([*command, "0", "--", "--device", "cpu"]) == 0
+    stopped = capsys.readouterr().out
+    assert "0 of 2 runs" in stopped and "goes on" in stopped
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert sweep.run([*command, "5", "--", "--device", "cpu"]) == 0
+    done = capsys.readouterr().out
     lines = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(10 < line["knn"] <= 100 and line["seconds"] > 0 for line in lines)
     best = max(lines, key=lambda line: line["knn"])["setting"]
-    assert done.stdout.splitlines()[3].startswith(best)
+    assert done.splitlines()[3].startswith(best)
     before = (out / "sweep.jsonl").read_text()
-    assert "2 of 2 runs" in call("5").stdout and sorted((out / "sweep.jsonl").read_text()) == sorted(before)
+    assert sweep.run([*command, "5"]) == 0
+    assert "2 of 2 runs" in capsys.readouterr().out
+    assert sorted((out / "sweep.jsonl").read_text()) == sorted(before)
