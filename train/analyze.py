@@ -32,7 +32,8 @@ from torch import Tensor
 import mio_ext
 from mio_ext import analysis
 from train.assemble import Setup, load_run
-from train.config import Config, OneLineParser, load_config
+from train.command_line import OneLineParser
+from train.config import Config, load_config
 from train.device import is_out_of_memory, versions
 from train.displacement import Batch, last_layer_displacements, network_displacements
 from train.errors import UserError

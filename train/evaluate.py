@@ -28,7 +28,7 @@ from train import classifier, probes
 from train.assemble import Setup, load_run
 from train.augment import Preprocess
 from train.card import write_card
-from train.config import OneLineParser
+from train.command_line import OneLineParser
 from train.errors import UserError
 from train.features import Features, labelled_features
 from train.run_folder import CARD, ENCODER, LOG, write_atomically

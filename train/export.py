@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import nn
 
 from mio_ext.encoder import rebuild_backbone
-from train.config import OneLineParser
+from train.command_line import OneLineParser
 from train.errors import UserError
 from train.run_folder import CHECKPOINT, ENCODER, load_checkpoint, write_atomically
 

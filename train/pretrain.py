@@ -32,7 +32,8 @@ require_packages("pretrain.py")
 
 from train.assemble import Setup, assemble, check_content
 from train.card import write_card
-from train.config import Config, load_config, parse_arguments
+from train.command_line import parse_arguments
+from train.config import Config, load_config
 from train.console import forgiving_streams
 from train.device import is_out_of_disk, is_out_of_memory, versions
 from train.errors import Interrupted, UserError

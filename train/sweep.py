@@ -38,7 +38,8 @@ import torch
 
 from train import pretrain
 from train.assemble import load_run
-from train.config import Config, OneLineParser, combine, element_type, read_options, read_toml, shown
+from train.command_line import OneLineParser, combine, shown
+from train.config import Config, element_type, read_options, read_toml
 from train.errors import Interrupted, UserError
 from train.features import Features, extract_features
 from train.probes import knn_accuracy, linear_probe

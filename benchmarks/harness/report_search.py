@@ -66,7 +66,23 @@ def search() -> str:
             "\n".join(tables.lines_of_table(head, rows)),
             *difference(fresh),
         ]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *digits()])
+
+
+def digits() -> list[str]:
+    """The paper's weight of the negatives and the other on the test images of digits."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for line in lines_of("search-digits"):
+        settings.setdefault(line["setting"], []).append(line)
+    keys = ("linear_2", "linear_10", "linear_all", "knn")
+    rows = [
+        [*label({"learning_rate": 0.5} | group[0]["options"])[:3], str(len(group))]
+        + [mean_error([line["test"][key] for line in group]) for key in keys]
+        for group in settings.values()
+    ]
+    head = ["loss", "τ", "ω, b", "seeds", "linear, 2 labels a class", "10 labels a class", "all labels", "20-NN"]
+    text = "On digits, `python train/sweep.py train/sweeps/digits.toml`, accuracy in % on the test split:"
+    return [text, "\n".join(tables.lines_of_table(head, rows))] if rows else []
 
 
 def difference(fresh: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -44,7 +44,9 @@ def cifar_table(path: Path) -> str:
         f"CIFAR-10 (JPEG): the {mio['images']:,} training images re-encoded as JPEG, {mio['config']['epochs']} epochs "
         f"at a setting small enough for a CPU ({mio['cpu_seconds'] / 60:.0f} minutes of one core), one run each, "
         f"seed {mio['config']['seed']} (n = 1), SimCLR with the same views, network and schedule; accuracy in % on "
-        f"10,000 test images. `{mio['command']}`, data in `{path.relative_to(ROOT)}`.",
+        # The preset has a weight on the negatives by now, which the objective alone has not.
+        f"10,000 test images. `{mio['command'].replace('--preset mio ', '--objective mio ')}`, data in "
+        f"`{path.relative_to(ROOT)}`.",
         "",
         "| encoder | linear, 1 % of the labels | 10 % | all labels | 20-NN |",
         "|---|---|---|---|---|",
@@ -71,7 +73,8 @@ def sweep_table(path: Path) -> str:
         f"{tables.machine_line(data)}. ResNet-18 on CIFAR-10 (JPEG), {runs[0]['epochs']} epochs, batch "
         f"{runs[0]['batch_size']}, seed {runs[0]['seed']}, one run each (n = {data['n']}); 20-NN: accuracy in % on "
         f"10,000 test images. A run alone takes {min(alone):,.0f} to {max(alone):,.0f} images/s, the "
-        f"{len(runs)} side by side {together:,.0f}; {tables.source_line(path, data)}, one log each beside it."
+        f"{len(runs)} side by side {together:,.0f}; {tables.source_line(path, data)}, with `--objective` and "
+        "`--temperature` of the row, one log each beside it."
     )
     head = ["loss", "temperature", "20-NN", "RankMe at the end", "images/s, side by side"]
     return "\n".join([text, "", *tables.lines_of_table(head, rows)])

@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("torchvision")
 from train import pretrain
-from train.config import RUN_OPTIONS, Config, load_config, make_parser, parse_arguments, preset_names
+from train.command_line import make_parser, parse_arguments, preset_names
+from train.config import RUN_OPTIONS, Config, load_config
 from train.errors import UserError
 
 
@@ -31,6 +32,18 @@ def test_later_layers_win(tmp_path):
     assert (line.objective, line.temperature, line.epochs) == ("mio", 0.2, 3)
     # A preset knows better than the data set.
     assert parse("--preset", "mio-v1").batch_size == 128
+
+
+def test_the_default_preset_depends_on_the_data_and_gives_way_to_an_objective():
+    def loss(*argv: str) -> tuple:
+        config = parse(*argv)
+        return config.objective, config.temperature, config.negative_weight, config.bias
+
+    assert loss() == loss("--preset", "mio") == ("mio", 0.5, 1.0, 0.0)  # digits
+    assert loss("--data", "cifar10") == ("mio", 0.2, 256.0, -5.5)
+    assert loss("--data", "folder:photos", "--bias", "-6") == ("mio", 0.2, 256.0, -6.0)
+    assert loss("--data", "cifar10", "--objective", "mio") == ("mio", 0.5, 1.0, 0.0)  # the paper's
+    assert loss("--data", "cifar10", "--objective", "simclr") == ("simclr", 0.5, 1.0, 0.0)
 
 
 def test_the_printed_options_are_a_file_of_options(tmp_path, capsys):
