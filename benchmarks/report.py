@@ -32,6 +32,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "digits": report_training.readme_digits,
     "cifar": report_training.readme_cifar,
     "search": report_search.search,
+    "search-claim": report_search.readme_search,
     "forces": report_search.forces,
     "loss-report": report_loss.performance_loss,
     "step-report": report_steps.performance_step,

@@ -20,6 +20,13 @@ def lines_of(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def by_setting(name: str) -> dict[str, list[dict[str, Any]]]:
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for line in lines_of(name):
+        settings.setdefault(line["setting"], []).append(line)
+    return settings
+
+
 def label(options: dict[str, Any]) -> list[str]:
     weight = f"{options['negative_weight']:g}, {options['bias']:g}" if options["objective"] == "mio" else "–"
     return [NAMES[options["objective"]], f"{options['temperature']:g}", weight, f"{options['learning_rate']:g}"]
@@ -51,10 +58,7 @@ def search() -> str:
             )
         ),
     ]
-    fresh: dict[str, list[dict[str, Any]]] = {}
-    for line in lines_of("search-seeds"):
-        fresh.setdefault(line["setting"], []).append(line)
-    if fresh:
+    if fresh := by_setting("search-seeds"):
         rows = []
         for group in sorted(fresh.values(), key=lambda g: -statistics.fmean(line["knn"] for line in g)):
             scores = [mean_error([line[key] for line in group]) for key in ("knn", "linear")]
@@ -69,16 +73,21 @@ def search() -> str:
     return "\n\n".join([*parts, *digits()])
 
 
+def readme_search() -> str:
+    """The difference alone."""
+    return (
+        "Pre-training's default on photos, MIO with a weight on the negatives, beside SimCLR in a small search on the CPU "
+        f"([docs](docs/training.md#which-weight-of-the-negatives)): {difference(by_setting('search-seeds'))[0]}"
+    )
+
+
 def digits() -> list[str]:
     """The paper's weight of the negatives and the other on the test images of digits."""
-    settings: dict[str, list[dict[str, Any]]] = {}
-    for line in lines_of("search-digits"):
-        settings.setdefault(line["setting"], []).append(line)
     keys = ("linear_2", "linear_10", "linear_all", "knn")
     rows = [
         [*label({"learning_rate": 0.5} | group[0]["options"])[:3], str(len(group))]
         + [mean_error([line["test"][key] for line in group]) for key in keys]
-        for group in settings.values()
+        for group in by_setting("search-digits").values()
     ]
     head = ["loss", "τ", "ω, b", "seeds", "linear, 2 labels a class", "10 labels a class", "all labels", "20-NN"]
     text = "On digits, `python train/sweep.py train/sweeps/digits.toml`, accuracy in % on the test split:"
