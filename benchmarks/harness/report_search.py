@@ -76,8 +76,8 @@ def search() -> str:
 def readme_search() -> str:
     """The difference alone."""
     return (
-        "Pre-training's default on photos, MIO with a weight on the negatives, beside SimCLR in a small search on the CPU "
-        f"([docs](docs/training.md#which-weight-of-the-negatives)): {difference(by_setting('search-seeds'))[0]}"
+        "Pre-training's default on photos, MIO with a weight on the negatives, beside SimCLR in a small search on the "
+        f"CPU ([docs](docs/training.md#which-weight-of-the-negatives)): {difference(by_setting('search-seeds'))[0]}"
     )
 
 
