@@ -87,7 +87,7 @@ def without(*programs: str) -> Callable[[], str | None]:
 
 def parts(capability: str, output: Path) -> list[Part]:
     """All of them, in order, for a GPU of this compute capability."""
-    return [*correctness(capability, output), *speed(capability, output), *sanitizers(output)]
+    return [*correctness(capability, output), *speed(capability, output), *variants(capability), *sanitizers(output)]
 
 
 def correctness(capability: str, output: Path) -> list[Part]:
@@ -159,15 +159,18 @@ def speed(capability: str, output: Path) -> list[Part]:
         command = ["ncu", "--set", "full", "-k", f"regex:{kernel}", "-c", "1", bench]
         command += ["--n", "32768", "--d", "128", "--repeat", "1"]
         found.append(Part(name, f"ncu on {kernel}", 25, tuple(command), missing=without("ncu", bench)))
-    if capability == "9.0":
-        command = [sys.executable, "benchmarks/cuda_variants.py"]
-        what = "variants of the Hopper kernel, predicted and measured"
-        found.append(Part("variants", what, 300, tuple(command), missing=without("cmake", "nvcc")))
     train = [sys.executable, "train/pretrain.py", "--epochs", "3", "--knn-every", "1", "--no-evaluate"]
     train += ["--output", str(output / "run"), "--overwrite"]
     needs = without("module:torchvision", "module:sklearn", "module:safetensors")
     found.append(Part("training", "three epochs on digits, with k-NN", 55, tuple(train), missing=needs))
     return found
+
+
+def variants(capability: str) -> list[Part]:
+    """Three builds of the Hopper kernel."""
+    command = (sys.executable, "benchmarks/cuda_variants.py")
+    what = "variants of the Hopper kernel, predicted and measured"
+    return [Part("variants", what, 300, command, missing=without("cmake", "nvcc"))] if capability == "9.0" else []
 
 
 def sanitizers(output: Path) -> list[Part]:

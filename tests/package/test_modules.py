@@ -45,13 +45,13 @@ def loss(request):
     [
         (
             MIOLoss(0.2, bias=-1.0, gather_distributed=True),
-            "MIOLoss(temperature=0.2, negative_temperature=None, regularizer=1.0, bias=-1.0, backend='auto', "
-            "gather_distributed=True)",
+            "MIOLoss(temperature=0.2, negative_temperature=None, negative_weight=1.0, regularizer=1.0, bias=-1.0, "
+            "backend='auto', gather_distributed=True)",
         ),
         (
             learnt(),
-            "MIOLoss(temperature=0.3 (learnt), negative_temperature=None, regularizer=1.0, bias=-0.5 (learnt), "
-            "backend='auto', gather_distributed=False)",
+            "MIOLoss(temperature=0.3 (learnt), negative_temperature=None, negative_weight=1.0, regularizer=1.0, "
+            "bias=-0.5 (learnt), backend='auto', gather_distributed=False)",
         ),
         (SigLIPLoss(backend="cpu"), "SigLIPLoss(backend='cpu')"),
         (
@@ -212,6 +212,7 @@ def test_help_says_the_shapes(thing):
 
 def test_the_version_and_the_types_are_the_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert mio_ext.__version__ == project["project"]["version"]
+    assert "version" in project["project"]["dynamic"]  # of mio_ext/version.py, which setup.py reads
+    assert mio_ext.__version__ == torch.ops.mio_ext.version()  # compiled in
     assert (Path(mio_ext.__file__).parent / "py.typed").is_file()
     assert "py.typed" in project["tool"]["setuptools"]["package-data"]["mio_ext"]

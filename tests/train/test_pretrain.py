@@ -163,7 +163,7 @@ MISTAKES = [
         ["--objective", "simclr", "--learn-scale"],
         "--bias, --learn-bias and --learn-scale are not for --objective simclr",
     ),
-    (["--preset", "moco"], "--preset must be one of mio, mio-v1, siglip-ssl, simclr, got 'moco'"),
+    (["--preset", "moco"], "--preset must be one of mio, mio-v1, sigclr, siglip-ssl, simclr, got 'moco'"),
     (["--data", "imagenet"], "--data must be digits, cifar10, .*, got 'imagenet'"),
     (["--data", "folder:/nowhere/at/all"], "--data folder:/nowhere/at/all: no such folder"),
     (
