@@ -34,6 +34,7 @@ bool right(const Family& family) {
   const Result expected = by_double_loop(c, x.values, y.values, x_ids, y_ids, params);
   const Outputs out = run(type, c, params, x, y, x_ids, y_ids, family.options);
   return std::abs(out.loss / expected.loss - 1) < type.loss_limit &&
+         std::abs(out.stats[5] - expected.mean_product) * std::sqrt(double(c.d)) < 1e-6 &&
          relative_distance(out.dx, expected.dx) < type.gradient_limit &&
          (!c.k || relative_distance(out.dy, expected.dy) < type.gradient_limit);
 }
