@@ -63,9 +63,9 @@ def dtype(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """As many runs as cores may be testing at once, and OpenMP threads that share a core spin."""
+    """As many runs as cores may be testing at once, and OpenMP threads that share a core spin. Until the file's end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

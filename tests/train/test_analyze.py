@@ -21,17 +21,11 @@ from train.displacement import Displacement
 from train.features import PairCosines
 from train.run_folder import ANALYSIS_PLOTS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 THEORY = (ROOT / "docs" / "theory.md").read_text()
 DATA = ROOT / "benchmarks" / "results" / "amd-epyc-2-threads" / "digits-analysis.json"
 SMALL = ["--batch-size", "16", "--device", "cpu", "--limit-steps", "4", "--log-every", "2", "--no-evaluate"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

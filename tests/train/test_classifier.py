@@ -15,6 +15,8 @@ from train import classifier
 from train.classifier import FINETUNE, V1, train_classifier
 from train.data import Split
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 
 
@@ -50,15 +52,6 @@ def small_backbone(seed: int = 0) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As many runs as cores may be testing at once, and OpenMP threads that share a core spin."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

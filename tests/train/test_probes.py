@@ -18,6 +18,8 @@ from train import probes
 from train.data import load_digits
 from train.model import build_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def toy_features(noise: float, shuffle: bool = False) -> frozen.Features:
     """Four classes around the unit vectors of a 4-dimensional space; labels of no meaning on request."""
@@ -29,15 +31,6 @@ def toy_features(noise: float, shuffle: bool = False) -> frozen.Features:
         return x, labels[torch.randperm(n, generator=generator)] if shuffle else labels
 
     return frozen.Features(*split(400), *split(2000))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As many runs as cores may be testing at once, and OpenMP threads that share a core spin."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def digit_pixels() -> frozen.Features:

@@ -18,19 +18,12 @@ from train import analyze, evaluate, export, pretrain
 from train.errors import UserError
 from train.sync_batch_norm import synchronize_batch_norm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = ["--image-size", "32", "--batch-size", "64", "--projector", "64", "32", "--device", "cpu", "--subset", "0.1"]
 ADAMW = ["--optimizer", "adamw", "--learning-rate", "1e-3"]
 QUICK = [*ADAMW, "--log-every", "1", "--knn-every", "0", "--no-evaluate"]
 VIT = ["--backbone", "timm:test_vit", *OPTIONS, *QUICK]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def a_thread():
-    """As many runs as cores may be testing at once, and OpenMP threads that share a core spin."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
