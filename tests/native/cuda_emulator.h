@@ -99,6 +99,11 @@ inline float2 load_shared_pair(uint32_t address) {
   std::memcpy(&v, emulator::at_shared(address, 8), 8);
   return v;
 }
+inline float4 load_shared_four(uint32_t address) {
+  float4 v;
+  std::memcpy(&v, emulator::at_shared(address, 16), 16);
+  return v;
+}
 
 inline void cp_async(uint32_t to, const void* from, MIO_PLACE) {
   MIO_MAY_BE_LEFT_OUT;
@@ -182,6 +187,12 @@ inline float disturbed(double v, float of, double size) {
 }
 inline float exp2_approx(float v) { return disturbed(std::exp2(double(v)), v, 0x1p-22); }
 inline float reciprocal(float v) { return disturbed(1 / double(v), v, 0x1p-24); }
+inline void times_or_add(float t, float& v, float e, float& sum) {
+  if (t < 0)
+    v *= e;
+  else
+    sum += t;
+}
 
 inline int fresh_thread_index() { return int(emulator::machine.current); }
 inline int fresh_block_index() { return int(emulator::machine.block_index.x); }
