@@ -51,11 +51,14 @@ MIO_DEVICE void produce_chunk(const ChunkLogits& in, uint32_t smem) {
         static_cast<const unsigned char*>(in.cols.z) + int64_t(col0 + rank * kRowMultiple) * row_bytes;
     for (int block = 0; block < blocks; ++block, state.next()) {
       mbarrier_wait(state.empty(), state.parity ^ 1);
-      mbarrier_arrive_expecting(state.full(), T::kStageBytes + (block == 0 ? T::kFactorBytes : 0));
+      mbarrier_arrive_expecting(state.full(), T::kStageBytes + (block > 0 ? 0 : in.cols.ids ? 2 * T::kFactorBytes : T::kFactorBytes));
       bulk_copy(state.columns() - T::kColumnsAt, rows + int64_t(block) * T::kGroupBytes, T::kGroupBytes, state.full());
       bulk_copy_to((1 << T::kCluster) - 1, state.columns() + rank * T::kGroupBytes,
                    columns + int64_t(block) * T::kGroupBytes, T::kGroupBytes, state.full());
-      if (block == 0) bulk_copy(factors, in.cols.inverse + col0, T::kFactorBytes, state.full());
+      if (block > 0) continue;
+      bulk_copy(factors, in.cols.inverse + col0, T::kFactorBytes, state.full());
+      if (in.cols.ids)
+        bulk_copy(factors + T::kKeysAt - T::kFactorsAt, in.cols.keys + col0, T::kFactorBytes, state.full());
     }
     const uint32_t used = factors;
     factors = other_factors, other_factors = used;
@@ -116,7 +119,8 @@ MIO_DEVICE void wide_terms(const ChunkLogits& in, const Coefficients& coefficien
     const int col0 = tile_col0 + half * kHalf;
     const bool crossed = col0 + kHalf > in.cols.n ||
                          in.pairs.cross(tile_row0 + consumer * T::kConsumerRows, T::kConsumerRows, col0, kHalf);
-    terms.tile(of, factors + half * kHalf * 4, in.pairs, row0, col0, crossed, true);
+    const uint32_t at = factors + half * kHalf * 4;
+    terms.tile(of, at, at + T::kKeysAt - T::kFactorsAt, in.pairs, row0, col0, crossed, true);
     if (in.g) store_g<A, N>(to + half * kHalf, int64_t(Gathered::kNextRow) * in.cols.n_pad, of[0], inverse);
   }
   double more[kSums];

@@ -117,7 +117,8 @@ MIO_DEVICE void fragment_terms(const ChunkLogits& in, float (&s)[F][N][4], uint3
   TileTerms<A, 1, kIds, GatheredColumns> terms(in.rows, in.cols, row0,
                                                Coefficients(read_params(in.constants, in.params)), in.normalize);
   auto& of = reinterpret_cast<float (&)[1][N][4]>(s[f]);
-  terms.tile(of, factors + warp_column(warp) * 4, in.pairs, row0, col0, crossed, true);
+  const uint32_t at = factors + warp_column(warp) * 4;
+  terms.tile(of, at, at + T::kKeysAt - T::kFactorsAt, in.pairs, row0, col0, crossed, true);
   if (in.g) {
     const float inverse[2] = {in.rows.inverse[row0], in.rows.inverse[row0 + GatheredColumns::kNextRow]};
     auto* to = static_cast<typename A::Element*>(in.g) + int64_t(row0 - in.row0) * in.cols.n_pad + col0 +
@@ -142,8 +143,10 @@ __global__ void __launch_bounds__(PortableWideTile::kThreads, 2) chunk_logits_ke
   const int tile_row0 = in.first_row(blockIdx.x), tile_col0 = in.first_column(blockIdx.x);
   const int blocks = in.width / T::kFeatures;
   const WideCopies copies(in, tile_row0, tile_col0);
-  if (threadIdx.x < T::kBlockN / 4)
+  if (threadIdx.x < T::kBlockN / 4) {
     cp_async(smem + T::kFactorsAt + threadIdx.x * 16, in.cols.inverse + tile_col0 + threadIdx.x * 4);
+    if (in.cols.ids) cp_async(smem + T::kKeysAt + threadIdx.x * 16, in.cols.keys + tile_col0 + threadIdx.x * 4);
+  }
 #pragma unroll
   for (int block = 0; block < T::kStages - 1; ++block) {
     copies.start(smem + block * T::kStageBytes, block);

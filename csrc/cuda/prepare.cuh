@@ -20,6 +20,7 @@ struct Prepared {
   float* back;         // [n_pad] dL/dz = (I - z^ z^T) dL/dz^ back; eq. (10)
   float* half_norm;    // [n_pad] |z^|^2 / 2, for the distance in eq. (12), with ids
   const int64_t* ids;  // [n] or nullptr
+  uint32_t* keys;      // [n_pad] of the ids, if there are any: different keys, different ids
   int n, n_pad;
   Layout layout;
 };
@@ -39,6 +40,13 @@ struct Prepare {
   unsigned* tickets;  // to be zeroed
   int n_tickets;
 };
+
+// An id that has 31 bits is its own key. Others have a hash, with the top bit set: equal ones may be of different ids.
+MIO_DEVICE uint32_t key_of(int64_t id) {
+  const uint64_t bits = uint64_t(id);
+  return bits >> 31 == 0 ? uint32_t(bits) : uint32_t(bits * 0x9e3779b97f4a7c15u >> 32) | 0x80000000u;
+}
+MIO_DEVICE bool is_hashed(uint32_t key) { return key >> 31 != 0; }
 
 // The power of two that brings the largest of numbers to [1, 2); by the bits of their magnitudes, in which NaN is
 // largest. kLanes lanes bring theirs.
@@ -115,6 +123,7 @@ MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
   if (lane != 0) return;
   const float norm = sqrtf(norm2), least = power * float(kNormEps);
   const float inverse = in.normalize ? 1 / (norm > least || norm != norm ? norm : least) : 1 / power;
+  if (out.ids) out.keys[row] = row < out.n ? key_of(out.ids[row]) : 0;
   out.inverse[row] = inverse;
   out.back[row] = in.normalize ? (norm <= least ? 0 : power / norm) : 1;
   out.half_norm[row] = 0.5f * (norm * inverse) * (norm * inverse);

@@ -42,11 +42,12 @@ MIO_DEVICE void produce(const Sweep& in, uint32_t smem, int first, int end) {
   for (int col0 = first; col0 < end; col0 += T::kBlockN, state.next()) {
     const auto* columns = static_cast<const unsigned char*>(in.cols.z) + row_at(T::kLayout, col0, T::kRowBytes);
     mbarrier_wait(state.empty(), state.parity ^ 1);
-    mbarrier_arrive_expecting(state.full(), T::kBlockN * (T::kRowBytes + 4));
+    mbarrier_arrive_expecting(state.full(), T::kBlockN * (T::kRowBytes + (in.cols.ids ? 8 : 4)));
     for (int block = 0; block < T::kBlocks; ++block)
       bulk_copy(state.columns() + block * T::kBlockN * kBlockRowBytes, columns + block * kRowMultiple * kBlockRowBytes,
                 T::kBlockN * kBlockRowBytes, state.full());
     bulk_copy(state.columns() + T::kFactorsAt, in.cols.inverse + col0, T::kBlockN * 4, state.full());
+    if (in.cols.ids) bulk_copy(state.columns() + T::kKeysAt, in.cols.keys + col0, T::kBlockN * 4, state.full());
   }
 }
 
@@ -137,7 +138,8 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
     if (consumer == 0 || col0 + T::kBlockN < end) barrier_arrive(other_barrier, T::kThreads);
     wgmma_wait<1>();
     hold_all(s[0]);
-    terms.tile(s, state.columns() + T::kFactorsAt, in.pairs, row0, col0, crossed, in.loss);
+    terms.tile(s, state.columns() + T::kFactorsAt, state.columns() + T::kKeysAt, in.pairs, row0, col0, crossed,
+               in.loss);
     wgmma_wait<0>();
     hold_all(acc[0]);
 #pragma unroll

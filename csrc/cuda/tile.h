@@ -112,7 +112,8 @@ struct Tile {
 
   static constexpr int kSteps = kPartBytes / 32;  // of a matrix instruction along the features
   static constexpr int kFactorsAt = kBlockN * kRowBytes;
-  static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 127) / 128 * 128;  // swizzled() needs the 128
+  static constexpr int kKeysAt = kFactorsAt + kBlockN * 4;
+  static constexpr int kStageBytes = (kKeysAt + kBlockN * 4 + 127) / 128 * 128;  // swizzled() needs the 128
   static constexpr int kColumnsAt = kBlockM * kRowBytes;                            // the rows come first
   static constexpr int kSharedBytes = kColumnsAt + kStages * kStageBytes;
 };
@@ -137,7 +138,8 @@ struct HopperTile {
 
   static constexpr int kBlocks = kWidth / kBlockFeatures;
   static constexpr int kFactorsAt = kBlockN * kRowBytes;
-  static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 1023) / 1024 * 1024;
+  static constexpr int kKeysAt = kFactorsAt + kBlockN * 4;
+  static constexpr int kStageBytes = (kKeysAt + kBlockN * 4 + 1023) / 1024 * 1024;
   static constexpr int kColumnsAt = kBlockM * kRowBytes;  // the rows come first
   static constexpr int kBarriersAt = kColumnsAt + kStages * kStageBytes;
   static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
@@ -161,7 +163,8 @@ struct WideTile {
   static constexpr int kColumnsAt = kBlockM * kBlockRowBytes;        // in a stage; the rows come first
   static constexpr int kStageBytes = kColumnsAt + kBlockN * kBlockRowBytes;
   static constexpr int kFactorsAt = kStages * kStageBytes, kFactorBytes = kBlockN * 4;  // of this tile and the next
-  static constexpr int kBarriersAt = kFactorsAt + 2 * kFactorBytes;
+  static constexpr int kKeysAt = kFactorsAt + 2 * kFactorBytes;                         // likewise
+  static constexpr int kBarriersAt = kKeysAt + 2 * kFactorBytes;
   static constexpr int kSharedBytes = kBarriersAt + 16 * kStages;
 };
 
@@ -176,7 +179,8 @@ struct PortableWideTile {
   static constexpr int kColumnsAt = kBlockM * kRowBytes;  // in a stage; the rows come first
   static constexpr int kStageBytes = kColumnsAt + kBlockN * kRowBytes;
   static constexpr int kFactorsAt = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kFactorsAt + kBlockN * 4;
+  static constexpr int kKeysAt = kFactorsAt + kBlockN * 4;
+  static constexpr int kSharedBytes = kKeysAt + kBlockN * 4;
 
   // Two rows share 128 bytes, and chunk c of row r lies at c ^ (r / 2 % 4) of its half: eight rows of one chunk fill
   // all banks once.

@@ -99,6 +99,11 @@ inline float2 load_shared_pair(uint32_t address) {
   std::memcpy(&v, emulator::at_shared(address, 8), 8);
   return v;
 }
+inline uint2 load_shared_words(uint32_t address) {
+  uint2 v;
+  std::memcpy(&v, emulator::at_shared(address, 8), 8);
+  return v;
+}
 
 inline void cp_async(uint32_t to, const void* from, MIO_PLACE) {
   MIO_MAY_BE_LEFT_OUT;
@@ -183,10 +188,21 @@ inline float disturbed(double v, float of, double size) {
 inline float exp2_approx(float v) { return disturbed(std::exp2(double(v)), v, 0x1p-22); }
 inline float reciprocal(float v) { return disturbed(1 / double(v), v, 0x1p-24); }
 
+inline void hold(float&) {}
+inline void hold(uint32_t&) {}
+inline void hold(int&) {}
 inline int fresh_thread_index() { return int(emulator::machine.current); }
 inline int fresh_block_index() { return int(emulator::machine.block_index.x); }
 inline void sync_warp() {
   emulator::collective(nullptr, [](void**) {});
+}
+inline bool any_of_warp(bool v) {
+  emulator::collective(&v, [](void** lanes) {
+    bool any = false;
+    for (int l = 0; l < 32; ++l) any |= *static_cast<bool*>(lanes[l]);
+    for (int l = 0; l < 32; ++l) *static_cast<bool*>(lanes[l]) = any;
+  });
+  return v;
 }
 template <typename T>
 T shuffle_xor(T v, int mask) {

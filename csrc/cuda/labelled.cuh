@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+// The terms of sweeps with ids, where any pair may be positive.
+//
+// A thread takes eight logits at a time, two rows and four columns of a fragment. If a warp's vote finds no positive
+// pair among its own, they go the way of a sweep without ids. Else all go through code without branches, in which the
+// sums of each class are a matter of predicates.
+#pragma once
+
+#include <type_traits>
+
+#include "terms.cuh"
+
+namespace mio_ext {
+
+// Sums of one thread over pairs of one class.
+struct ThreadSums {
+  SoftplusSum softplus;
+  float product = 0, sigmoid = 0, sigmoid_product = 0;
+  int count = 0;
+
+  // All but the softplus, which goes by groups.
+  MIO_DEVICE void add(const Term& term, float of) {
+    count += 1;
+    product += of;
+    sigmoid += term.sigmoid;
+    sigmoid_product += term.sigmoid * of;
+  }
+  MIO_DEVICE void to(ClassSums& out) const {
+    out.count = count;
+    out.softplus = softplus.total();
+    out.product = product;
+    out.sigmoid = sigmoid;
+    out.sigmoid_prod = sigmoid_product;
+  }
+};
+
+// G with ids: d loss / d (x.y) over `unit`, the largest there is.
+struct LabelledWeights {
+  float unit, p, n, l;
+  MIO_DEVICE explicit LabelledWeights(const Coefficients& s) : unit(unit_of(s)) {
+    const float over = unit > 0 ? 1 / unit : unit == 0 ? 0 : unit;
+    p = -s.weight_p * over, n = s.weight_n * over, l = -s.weight_l * over;
+  }
+  MIO_DEVICE static float unit_of(const Coefficients& s) {
+    return fmaxf(fabsf(s.weight_p) + fabsf(s.weight_l), fabsf(s.weight_n));
+  }
+};
+
+// Sums of one thread over a tile's groups with positive pairs, by class where there are two. F x 2 rows.
+template <int F>
+struct GroupSums {
+  float relu[2] = {};  // of max(t, 0)
+  float p = 0;         // of positive pairs, the product of 1 + e, less 1: up to 64 of them
+  float count[F][2] = {}, product = 0, half_norms = 0;  // of positive pairs
+};
+
+template <class A, int F, class Order>
+struct LabelledTerms {
+  float inverse[F][2];
+  uint32_t key[F][2];
+  ThreadSums positive, negative;
+  float distance = 0;
+  Coefficients coefficients;
+  LabelledWeights weights;
+  const Prepared &rows, &cols;
+  bool asks;  // keys of this warp's rows may be those of several ids, or some of its rows do not exist
+
+  MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, int row0, const Coefficients& coefficients, bool)
+      : coefficients(coefficients), weights(coefficients), rows(rows), cols(cols) {
+    uint32_t all = 0;
+#pragma unroll
+    for (int f = 0; f < F; ++f)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row0 + 16 * f + Order::kNextRow * h;
+        inverse[f][h] = rows.inverse[row] / A::kLift;
+        key[f][h] = rows.keys[row];
+        all |= key[f][h];
+      }
+    asks = any_of_warp(is_hashed(all) || last_row(row0) >= rows.n);
+  }
+
+  MIO_DEVICE static float acc_weight(const Coefficients& coefficients) {
+    return LabelledWeights::unit_of(coefficients) / A::kLift;
+  }
+
+  // As in NegativeTerms. keys: the columns', in shared memory.
+  template <int N>
+  MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, uint32_t keys, const Pairs& pairs, int row0, int col0,
+                       bool crossed, bool) {
+    if (crossed || asks)
+      tile_of<AnyTerms, true>(s, factors, keys, pairs, row0, col0, crossed || last_row(row0) >= rows.n);
+    else
+      tile_of<AnyTerms, false>(s, factors, keys, pairs, row0, col0, false);
+  }
+
+  MIO_DEVICE void total(double (&sums)[kSums]) const {
+    PairSums out;
+    positive.to(out.positive);
+    negative.to(out.negative);
+    out.negative.count = -positive.count;  // of all pairs, which project.cuh counts
+    out.distance = distance;
+    to_array(out, sums);
+  }
+
+ private:
+  MIO_DEVICE static int last_row(int row0) { return row0 + 16 * (F - 1) + Order::kNextRow; }
+
+  // Four columns of a tile.
+  struct Group {
+    int row0, col0;  // this thread's first
+    float c[4];
+    uint32_t keys[4];
+    MIO_DEVICE static int column(int j) { return Order::column(j / 2) + j % 2; }  // from the first on
+  };
+
+  // kAsks: some are no pairs, if `crossed`, and equal keys may be of different ids.
+  template <class Terms, bool kAsks, int N>
+  MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, uint32_t keys, const Pairs& pairs, int row0, int col0,
+                          bool crossed) {
+    const int column = threadIdx.x % 4 * Order::kLaneColumns;
+    bool mixed = false;
+    GroupSums<F> sums;
+#pragma unroll
+    for (int f = 0; f < F; ++f) {
+      typename Terms::Sum sum;
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        auto& four = reinterpret_cast<float (&)[2][4]>(s[f][n]);
+        Group group;
+        group.row0 = row0 + 16 * f, group.col0 = col0 + Order::column(n) + column;
+        bool some = crossed;
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          const uint32_t at = (Order::column(n + j / 2) + column) * 4;
+          const float2 factor = load_shared_pair(factors + at);
+          const uint2 two = load_shared_words(keys + at);
+          group.c[j] = factor.x * A::kLift, group.c[j + 1] = factor.y * A::kLift;
+          group.keys[j] = two.x, group.keys[j + 1] = two.y;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) some |= bool(int(two.x == key[f][h]) | int(two.y == key[f][h]));
+        }
+        if (any_of_warp(some)) {
+          mixed = true;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) hold(group.keys[j]);
+          both_classes<kAsks>(four, group, f, sums, sum.p, kAsks ? Asked(rows, cols, group, pairs) : Asked());
+        } else {
+          negatives<Terms>(four, group, f, sum);
+        }
+        constexpr int kMost = Terms::Sum::kMost;
+        if ((4 * n + 8) % kMost == 0 || n + 2 == N) {
+          sum.to(negative.softplus, negative.sigmoid, (4 * n + 8) % kMost == 0 ? kMost : 4 * N % kMost);
+          sum = typename Terms::Sum();
+        }
+      }
+    }
+    if (mixed) {
+      negative.softplus.sum += sums.relu[0];
+      positive.softplus.add(sums.relu[1], sums.p);
+#pragma unroll
+      for (int f = 0; f < F; ++f)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          positive.count += int(sums.count[f][h]);
+          sums.half_norms += sums.count[f][h] * rows.half_norm[row0 + 16 * f + Order::kNextRow * h];
+        }
+      positive.product += sums.product;
+      distance += sums.half_norms - sums.product;
+    }
+  }
+
+  template <class Terms>
+  MIO_DEVICE void negatives(float (&s)[2][4], const Group& group, int f, typename Terms::Sum& sum) {
+    float weighted[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) weighted[j] = group.c[j] * weights.n;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float scale = inverse[f][h] * coefficients.n;
+      float v[4], t[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        v[j] = s[j / 2][2 * h + j % 2] * group.c[j];
+        t[j] = v[j] * scale + coefficients.bias;
+      }
+      const Terms terms(t);
+      sum.add(terms);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[j / 2][2 * h + j % 2] = terms.times(j, weighted[j]);
+      negative.product += ((v[0] + v[1]) + (v[2] + v[3])) * inverse[f][h];
+      negative.sigmoid_product +=
+          ((terms.times(0, v[0]) + terms.times(1, v[1])) + (terms.times(2, v[2]) + terms.times(3, v[3]))) *
+          inverse[f][h];
+    }
+  }
+
+  // Which of a group's logits are of no pair, and which of a positive one: bit 4 h + j.
+  struct Asked {
+    uint32_t none = 0, same = 0;
+
+    MIO_DEVICE Asked() {}
+    MIO_DEVICE Asked(const Prepared& rows, const Prepared& cols, const Group& group, const Pairs& pairs) {
+#pragma unroll 1
+      for (int h = 0; h < 2; ++h) {
+        const int row = group.row0 + Order::kNextRow * h, own = pairs.own(row);
+        const int64_t id = rows.ids[row < rows.n ? row : 0];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int col = group.col0 + group.column(j);
+          const bool pair = row < rows.n && col < cols.n && col != own;
+          const bool equal = cols.ids[col < cols.n ? col : 0] == id;
+          none |= uint32_t(!pair) << (4 * h + j);
+          same |= uint32_t(int(pair) & int(equal)) << (4 * h + j);
+        }
+      }
+    }
+  };
+
+  template <bool kAsks>
+  MIO_DEVICE void both_classes(float (&s)[2][4], const Group& group, int f, GroupSums<F>& sums, float& p, Asked asked) {
+    float half[4];
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const float2 two = *reinterpret_cast<const float2*>(cols.half_norm + group.col0 + group.column(j));
+      half[j] = two.x, half[j + 1] = two.y;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float own_inverse = inverse[f][h];
+      hold(own_inverse);  // or there would be a register more through the loop
+      const float scale_n = inverse[f][h] * coefficients.n, scale_p = own_inverse * -coefficients.p;
+      bool same[4];
+      float v[4], t[4], e[4], sigmoid[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        v[j] = s[j / 2][2 * h + j % 2] * group.c[j];
+        same[j] = group.keys[j] == key[f][h];
+        t[j] = v[j] * scale_n + coefficients.bias;
+        if constexpr (kAsks) {
+          same[j] = asked.same >> (4 * h + j) & 1;
+          if (asked.none >> (4 * h + j) & 1) v[j] = 0, t[j] = -float_of(0x7f800000u);
+        }
+        if (same[j]) t[j] = v[j] * scale_p - coefficients.bias;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) e[j] = exp2_approx(-fabsf(t[j]));
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const float r = reciprocal((1 + e[j]) * (1 + e[j + 1]));
+        sigmoid[j] = r * (1 + e[j + 1]), sigmoid[j + 1] = r * (1 + e[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float relu = t[j] < 0 ? 0 : t[j], product = v[j] * inverse[f][h];
+        if (t[j] < 0) sigmoid[j] *= e[j];
+        float g = sigmoid[j] * weights.n;
+        if (same[j]) g = sigmoid[j] * weights.p + weights.l;
+        s[j / 2][2 * h + j % 2] = g * group.c[j];
+        if (same[j]) {
+          sums.count[f][h] += 1;
+          sums.half_norms += half[j];
+          sums.product += product;
+          sums.relu[1] += relu;
+          sums.p = sums.p * (1 + e[j]) + e[j];
+          positive.sigmoid += sigmoid[j];
+          positive.sigmoid_product += sigmoid[j] * product;
+        } else {
+          sums.relu[0] += relu;
+          p = p * (1 + e[j]) + e[j];
+          negative.product += product;
+          negative.sigmoid += sigmoid[j];
+          negative.sigmoid_product += sigmoid[j] * product;
+        }
+      }
+    }
+  }
+};
+
+template <class A, int F, bool kIds, class Order = Straight, bool kProducts = true>
+using TileTerms = std::conditional_t<kIds, LabelledTerms<A, F, Order>, NegativeTerms<A, F, Order, kProducts>>;
+
+}  // namespace mio_ext
