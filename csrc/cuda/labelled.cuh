@@ -87,11 +87,13 @@ struct LabelledTerms {
   // As in NegativeTerms. keys: the columns', in shared memory.
   template <int N>
   MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, uint32_t keys, const Pairs& pairs, int row0, int col0,
-                       bool crossed, bool) {
+                       bool crossed, bool loss) {
     if (crossed || asks)
-      tile_of<AnyTerms, true>(s, factors, keys, pairs, row0, col0, crossed || last_row(row0) >= rows.n);
+      tile_of<AnyTerms, true, true>(s, factors, keys, pairs, row0, col0, crossed || last_row(row0) >= rows.n);
+    else if (!loss)
+      tile_of<AnyTerms, false, false>(s, factors, keys, pairs, row0, col0, false);
     else
-      tile_of<AnyTerms, false>(s, factors, keys, pairs, row0, col0, false);
+      tile_of<AnyTerms, false, true>(s, factors, keys, pairs, row0, col0, false);
   }
 
   MIO_DEVICE void total(double (&sums)[kSums]) const {
@@ -115,7 +117,7 @@ struct LabelledTerms {
   };
 
   // kAsks: some are no pairs, if `crossed`, and equal keys may be of different ids.
-  template <class Terms, bool kAsks, int N>
+  template <class Terms, bool kAsks, bool kLoss, int N>
   MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, uint32_t keys, const Pairs& pairs, int row0, int col0,
                           bool crossed) {
     const int column = threadIdx.x % 4 * Order::kLaneColumns;
@@ -144,18 +146,18 @@ struct LabelledTerms {
           mixed = true;
 #pragma unroll
           for (int j = 0; j < 4; ++j) hold(group.keys[j]);
-          both_classes<kAsks>(four, group, f, sums, sum.p, kAsks ? Asked(rows, cols, group, pairs) : Asked());
+          both_classes<kAsks, kLoss>(four, group, f, sums, sum.p, kAsks ? Asked(rows, cols, group, pairs) : Asked());
         } else {
-          negatives<Terms>(four, group, f, sum);
+          negatives<Terms, kLoss>(four, group, f, sum);
         }
         constexpr int kMost = Terms::Sum::kMost;
-        if ((4 * n + 8) % kMost == 0 || n + 2 == N) {
+        if (kLoss && ((4 * n + 8) % kMost == 0 || n + 2 == N)) {
           sum.to(negative.softplus, negative.sigmoid, (4 * n + 8) % kMost == 0 ? kMost : 4 * N % kMost);
           sum = typename Terms::Sum();
         }
       }
     }
-    if (mixed) {
+    if (kLoss && mixed) {
       negative.softplus.sum += sums.relu[0];
       positive.softplus.add(sums.relu[1], sums.p);
 #pragma unroll
@@ -170,7 +172,7 @@ struct LabelledTerms {
     }
   }
 
-  template <class Terms>
+  template <class Terms, bool kLoss>
   MIO_DEVICE void negatives(float (&s)[2][4], const Group& group, int f, typename Terms::Sum& sum) {
     float weighted[4];
 #pragma unroll
@@ -185,9 +187,10 @@ struct LabelledTerms {
         t[j] = v[j] * scale + coefficients.bias;
       }
       const Terms terms(t);
-      sum.add(terms);
 #pragma unroll
       for (int j = 0; j < 4; ++j) s[j / 2][2 * h + j % 2] = terms.times(j, weighted[j]);
+      if constexpr (!kLoss) continue;
+      sum.add(terms);
       negative.product += ((v[0] + v[1]) + (v[2] + v[3])) * inverse[f][h];
       negative.sigmoid_product +=
           ((terms.times(0, v[0]) + terms.times(1, v[1])) + (terms.times(2, v[2]) + terms.times(3, v[3]))) *
@@ -217,7 +220,7 @@ struct LabelledTerms {
     }
   };
 
-  template <bool kAsks>
+  template <bool kAsks, bool kLoss>
   MIO_DEVICE void both_classes(float (&s)[2][4], const Group& group, int f, GroupSums<F>& sums, float& p, Asked asked) {
     float half[4];
 #pragma unroll
@@ -257,6 +260,7 @@ struct LabelledTerms {
         float g = sigmoid[j] * weights.n;
         if (same[j]) g = sigmoid[j] * weights.p + weights.l;
         s[j / 2][2 * h + j % 2] = g * group.c[j];
+        if constexpr (!kLoss) continue;
         if (same[j]) {
           sums.count[f][h] += 1;
           sums.half_norms += half[j];

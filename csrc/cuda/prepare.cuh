@@ -41,13 +41,6 @@ struct Prepare {
   int n_tickets;
 };
 
-// An id that has 31 bits is its own key. Others have a hash, with the top bit set: equal ones may be of different ids.
-MIO_DEVICE uint32_t key_of(int64_t id) {
-  const uint64_t bits = uint64_t(id);
-  return bits >> 31 == 0 ? uint32_t(bits) : uint32_t(bits * 0x9e3779b97f4a7c15u >> 32) | 0x80000000u;
-}
-MIO_DEVICE bool is_hashed(uint32_t key) { return key >> 31 != 0; }
-
 // The power of two that brings the largest of numbers to [1, 2); by the bits of their magnitudes, in which NaN is
 // largest. kLanes lanes bring theirs.
 template <int kLanes>

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
     for (int step = 0; step < N / 2; ++step) hold_all(g[step]);
     if (last.stage != state.stage) {
       sync_warp();
-      if (lane == 0) mbarrier_arrive(last.empty());
+      if (fresh_thread_index() % 32 == 0) mbarrier_arrive(last.empty());
     }
 #pragma unroll
     for (int step = 0; step < N / 2; ++step) left_operand<A, N>(g[step], s[0], step);

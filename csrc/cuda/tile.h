@@ -70,6 +70,14 @@ MIO_HOST_DEVICE int feature_at(Layout layout, int row, int f) {
   return f / kBlockFeatures * (kRowMultiple * kBlockFeatures) + (f / 8 % 8 ^ place % 8) * 8 + f % 8;
 }
 
+// An id of 31 bits is its own key. Others have a hash, with the top bit set: equal ones may be of different ids.
+constexpr uint64_t kKeyFactor = 0x9e3779b97f4a7c15u;
+MIO_HOST_DEVICE constexpr uint32_t key_of(int64_t id) {
+  const uint64_t bits = uint64_t(id);
+  return bits >> 31 == 0 ? uint32_t(bits) : uint32_t(bits * kKeyFactor >> 32) | 0x80000000u;
+}
+MIO_HOST_DEVICE constexpr bool is_hashed(uint32_t key) { return key >> 31 != 0; }
+
 // Which rows and columns of a tile a thread's numbers are. Of every 16 x 8 places an accumulator holds rows g and g + 8
 // and columns 2q, 2q + 1, with g = lane / 4 and q = lane % 4. Where the operands' rows are gathered, its second row is
 // 2 after its first, and what a thread has of 32 columns lies side by side: 16 bytes of G.
