@@ -130,8 +130,7 @@ bool check_numbers_not_finite(const Type& type, const Options& options, bool ids
 }
 
 // Ids of several kinds, in tiles that are crossed by a diagonal and that are not: results, and counts to the last pair.
-bool check_ids(const Type& type, const Options& options) {
-  const Case c{70, 300, 64, 3, 5, true, true, true};
+bool check_ids(const Type& type, const Options& options, const Case& c) {
   uint64_t inverse = 1;  // of kKeyFactor, modulo 2^64: the product of id + inverse k is k more, in bits that no key has
   for (int i = 0; i < 6; ++i) inverse *= 2 - kKeyFactor * inverse;
   const struct {
@@ -152,6 +151,7 @@ bool check_ids(const Type& type, const Options& options) {
   const LossParams params{4, 3, -0.5, 0.5, 1.0 / 64, 0.25};
   bool good = true;
   for (const auto& kind : kinds) {
+    if (c.d > kMaxFusedFeatures && &kind > kinds + 1) break;
     std::vector<int64_t> x_ids(c.m), y_ids(c.k);
     for (int64_t i = 0; i < c.m; ++i) x_ids[i] = kind.of(i, false);
     for (int64_t j = 0; j < c.k; ++j) y_ids[j] = kind.of(j, true);
@@ -388,7 +388,10 @@ void run_all(const Type& type, bool hopper, const Filter& filter, Tally& tally) 
     }
   options.multiprocessors = 1;
   if (!filter.takes(type, hopper, 64)) return;
-  tally.run(type, hopper, "ids", [&] { return check_ids(type, options); });
+  tally.run(type, hopper, "ids", [&] { return check_ids(type, options, {70, 300, 64, 3, 5, true, true, true}); });
+  if (type.bytes == 2)
+    tally.run(type, hopper, "ids, wide rows",
+              [&] { return check_ids(type, options, {70, 600, 264, 3, 5, true, true, true}); });
   for (bool ids : {false, true}) {
     const std::string with = ids ? ", ids" : "";
     for (bool normalize : {true, false})
