@@ -48,10 +48,12 @@ def voted_ways(loop: str, groups: int, times: int) -> list[list[list[int]]]:
             labels[label[1]] = len(steps)
         elif step := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
             steps.append(step[1])
-    votes: list[int] = []  # the jumps that they decide
+    jumps = [at for at, text in enumerate(steps) if re.search(r"\bBRA\b", text)]
+    votes: list[int] = []  # the jumps that they decide, with terms behind them
     for at, text in enumerate(steps):
-        if vote := re.match(r"VOTE\.ANY (P\d)", text):
-            votes += [to for to in range(at + 1, at + 4) if re.match(rf"@!?{vote[1]} BRA\b", steps[to])][:1]
+        jump, after = [*(to for to in jumps if to > at), 0, 0][:2]
+        if (vote := re.match(r"VOTE\.ANY (P\d)", text)) and re.match(rf"@!?{vote[1]} ", steps[jump]):
+            votes += [jump] if any("MUFU.EX2" in behind for behind in steps[jump:after]) else []
     forms = len(votes) // (groups * times)
     ways = []
     for form in range(forms):

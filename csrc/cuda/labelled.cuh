@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The terms of sweeps with ids, where any pair may be positive.
 //
-// A thread takes eight logits at a time, two rows and four columns of a fragment. If a warp's vote finds no positive
-// pair among its own, they go the way of a sweep without ids. Else all go through code without branches, in which the
-// sums of each class are a matter of predicates.
+// A thread takes a group of eight logits at a time, two rows and four columns. If a warp's vote finds no equal keys
+// (key_of() in tile.h), its groups go the way of a sweep without ids. Else they go through code without branches, in
+// which the sums of each class are a matter of predicates. What is rare, that a logit is of no pair or that equal keys
+// are of different ids, is asked in another form of that code.
 #pragma once
 
 #include <type_traits>
@@ -46,12 +47,13 @@ struct LabelledWeights {
   }
 };
 
-// Sums of one thread over a tile's groups with positive pairs, by class where there are two. F x 2 rows.
+// Sums of one thread over a tile, of up to 64 pairs, that its groups with positive pairs have beside those that go
+// through a whole sweep.
 template <int F>
-struct GroupSums {
-  float relu[2] = {};  // of max(t, 0)
-  float p = 0;         // of positive pairs, the product of 1 + e, less 1: up to 64 of them
-  float count[F][2] = {}, product = 0, half_norms = 0;  // of positive pairs
+struct MixedSums {
+  float relu_n = 0;                                     // of max(t, 0)
+  float relu_p = 0, p = 0;                              // and of positive pairs the product of 1 + e, less 1,
+  float count[F][2] = {}, product = 0, half_norms = 0;  // and, of the norms, the columns' at first
 };
 
 template <class A, int F, class Order>
@@ -84,7 +86,7 @@ struct LabelledTerms {
     return LabelledWeights::unit_of(coefficients) / A::kLift;
   }
 
-  // As in NegativeTerms. keys: the columns', in shared memory.
+  // As in NegativeTerms, with positive pairs. keys: the columns', in shared memory.
   template <int N>
   MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, uint32_t keys, const Pairs& pairs, int row0, int col0,
                        bool crossed, bool loss) {
@@ -116,13 +118,13 @@ struct LabelledTerms {
     MIO_DEVICE static int column(int j) { return Order::column(j / 2) + j % 2; }  // from the first on
   };
 
-  // kAsks: some are no pairs, if `crossed`, and equal keys may be of different ids.
+  // kAsks: equal keys may be of different ids, and if `crossed`, some logits are of no pair.
   template <class Terms, bool kAsks, bool kLoss, int N>
   MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, uint32_t keys, const Pairs& pairs, int row0, int col0,
                           bool crossed) {
     const int column = threadIdx.x % 4 * Order::kLaneColumns;
     bool mixed = false;
-    GroupSums<F> sums;
+    MixedSums<F> sums;
 #pragma unroll
     for (int f = 0; f < F; ++f) {
       typename Terms::Sum sum;
@@ -140,13 +142,13 @@ struct LabelledTerms {
           group.c[j] = factor.x * A::kLift, group.c[j + 1] = factor.y * A::kLift;
           group.keys[j] = two.x, group.keys[j + 1] = two.y;
 #pragma unroll
-          for (int h = 0; h < 2; ++h) some |= bool(int(two.x == key[f][h]) | int(two.y == key[f][h]));
+          for (int h = 0; h < 2; ++h) some |= (two.x == key[f][h]) | (two.y == key[f][h]);
         }
         if (any_of_warp(some)) {
           mixed = true;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) hold(group.keys[j]);
-          both_classes<kAsks, kLoss>(four, group, f, sums, sum.p, kAsks ? Asked(rows, cols, group, pairs) : Asked());
+          for (int j = 0; j < 4; ++j) hold(group.keys[j]);  // or the vote's eight predicates would be kept
+          both_classes<kAsks, kLoss>(four, group, f, kAsks ? Asked(rows, cols, group, pairs) : Asked(), sum.p, sums);
         } else {
           negatives<Terms, kLoss>(four, group, f, sum);
         }
@@ -158,8 +160,8 @@ struct LabelledTerms {
       }
     }
     if (kLoss && mixed) {
-      negative.softplus.sum += sums.relu[0];
-      positive.softplus.add(sums.relu[1], sums.p);
+      negative.softplus.sum += sums.relu_n;
+      positive.softplus.add(sums.relu_p, sums.p);
 #pragma unroll
       for (int f = 0; f < F; ++f)
 #pragma unroll
@@ -214,14 +216,16 @@ struct LabelledTerms {
           const bool pair = row < rows.n && col < cols.n && col != own;
           const bool equal = cols.ids[col < cols.n ? col : 0] == id;
           none |= uint32_t(!pair) << (4 * h + j);
-          same |= uint32_t(int(pair) & int(equal)) << (4 * h + j);
+          same |= uint32_t(pair & equal) << (4 * h + j);
         }
       }
     }
   };
 
+  // p: of negative pairs, the product of 1 + e, less 1.
   template <bool kAsks, bool kLoss>
-  MIO_DEVICE void both_classes(float (&s)[2][4], const Group& group, int f, GroupSums<F>& sums, float& p, Asked asked) {
+  MIO_DEVICE void both_classes(float (&s)[2][4], const Group& group, int f, const Asked& asked, float& p,
+                               MixedSums<F>& sums) {
     float half[4];
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
@@ -265,12 +269,12 @@ struct LabelledTerms {
           sums.count[f][h] += 1;
           sums.half_norms += half[j];
           sums.product += product;
-          sums.relu[1] += relu;
+          sums.relu_p += relu;
           sums.p = sums.p * (1 + e[j]) + e[j];
           positive.sigmoid += sigmoid[j];
           positive.sigmoid_product += sigmoid[j] * product;
         } else {
-          sums.relu[0] += relu;
+          sums.relu_n += relu;
           p = p * (1 + e[j]) + e[j];
           negative.product += product;
           negative.sigmoid += sigmoid[j];

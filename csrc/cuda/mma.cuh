@@ -125,11 +125,10 @@ MIO_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 MIO_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 MIO_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// What the compiler knows of r ends here: it may not use a product's registers before for anything else, nor what it has
-// made of r.
+// What the compiler knows of r ends here: it may not use a product's registers before for anything else, nor what it
+// has made of r.
 MIO_DEVICE void hold(float& r) { asm volatile("" : "+f"(r)::"memory"); }
 MIO_DEVICE void hold(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
-MIO_DEVICE void hold(int& r) { asm volatile("" : "+r"(r)::"memory"); }
 // threadIdx.x and blockIdx.x, read anew: what the compiler has made of them before, it would keep in registers through
 // a loop that has none to spare.
 MIO_DEVICE int fresh_thread_index() {

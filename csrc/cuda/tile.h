@@ -122,7 +122,7 @@ struct Tile {
   static constexpr int kFactorsAt = kBlockN * kRowBytes;
   static constexpr int kKeysAt = kFactorsAt + kBlockN * 4;
   static constexpr int kStageBytes = (kKeysAt + kBlockN * 4 + 127) / 128 * 128;  // swizzled() needs the 128
-  static constexpr int kColumnsAt = kBlockM * kRowBytes;                            // the rows come first
+  static constexpr int kColumnsAt = kBlockM * kRowBytes;                         // the rows come first
   static constexpr int kSharedBytes = kColumnsAt + kStages * kStageBytes;
 };
 

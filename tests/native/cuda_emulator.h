@@ -190,7 +190,6 @@ inline float reciprocal(float v) { return disturbed(1 / double(v), v, 0x1p-24); 
 
 inline void hold(float&) {}
 inline void hold(uint32_t&) {}
-inline void hold(int&) {}
 inline int fresh_thread_index() { return int(emulator::machine.current); }
 inline int fresh_block_index() { return int(emulator::machine.block_index.x); }
 inline void sync_warp() {
