@@ -25,7 +25,11 @@ def without_detours(code: str) -> str:
 
 def main_loop(code: str) -> str:
     """The shortest loop with matrix and special-function instructions in it; empty if there is none."""
-    lines = without_detours(code).splitlines()
+    return _shortest_loop(without_detours(code)) or _shortest_loop(code)
+
+
+def _shortest_loop(code: str) -> str:
+    lines = code.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
     loops = []
     for i, line in enumerate(lines):
