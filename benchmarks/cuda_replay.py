@@ -35,9 +35,11 @@ PIPES = {"special": (8, 22), "integer": (2, 6), "float": (1, 6), "memory": (4, 3
 TENSOR_RATE = 512  #: multiply-adds a clock of a scheduler's tensor core
 SHARED_RATE = 128  #: bytes a clock, for all four
 QUEUE = 2  #: products of a warp that wait for the tensor core before it may issue no more
+READ = 8  #: clocks until an instruction has read its operands, where a scoreboard tells of it
 DRAIN, BARRIER = 32, 24  #: clocks from a product's or a barrier's end to the warp that waits for it
-BESIDE, BEHIND = 1.0, 0.12
+BESIDE, BEHIND = 1.0, 0.08
 ROUNDS, WARM = 16, 4  #: tiles
+FORMS = ("bounded", "capped", "any")  #: of the terms, by what is known of the logits: csrc/cuda/terms.cuh
 HEAD = (
     "kernel                terms    consumers  instructions  pipes meet  clocks a tile  tensor  issued  no warp ready"
 )
@@ -48,7 +50,7 @@ class Instruction(NamedTuple):
     op: str
     text: str
     stall: int  #: clocks to the warp's next
-    sets: tuple[int, ...]  #: scoreboards
+    sets: tuple[tuple[int, bool], ...]  #: scoreboards, and whether until its operands are read, not the result there
     waits: tuple[int, ...]
 
     @property
@@ -77,7 +79,8 @@ def decode(line: str, more: str) -> Instruction | None:
     if not code or not word:
         return None
     control = int(word[1], 16) >> 41
-    sets = tuple(board for board in (control >> 5 & 7, control >> 8 & 7) if board < 6)
+    boards = ((control >> 5 & 7, False), (control >> 8 & 7, True))
+    sets = tuple((board, read) for board, read in boards if board < 6)
     waits = tuple(board for board in range(6) if control >> 11 >> board & 1)
     return Instruction(re.sub(r"^@!?U?P\w+\s+", "", code[1]).split()[0], code[1], control & 15, sets, waits)
 
@@ -112,14 +115,16 @@ def parse(loop: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def labelled_traces(loop: str, logits: int) -> Iterator[tuple[str, list[Instruction]]]:
-    """Once around a main loop with ids, in the form that takes the loss and asks for no diagonal."""
+    """Once around a main loop with ids, where no group of logits has a positive pair, and where all have."""
     steps, _ = parse(loop)
-    _, form, _ = sorted(voted_ways(loop, logits // 8, 1), key=lambda ways: len(ways[1]))
-    for name, way in zip(("negative", "both"), form, strict=True):
+    _, capped, other, _ = sorted(
+        voted_ways(loop, logits // 8, 1), key=lambda ways: len(ways[0])
+    )  # without the loss; crossed
+    for name, way in (("capped", capped[0]), ("any", other[0]), ("positive", other[1])):
         yield name, [steps[i] for i in way[:-1]]  # as all of them, without the jump back
 
 
-def trace(loop: str, logits: int, bounded: bool) -> list[Instruction]:
+def trace(loop: str, logits: int, form: str) -> list[Instruction]:
     """Once around a main loop, with one form of the terms: each is a block of code with all logits, or half."""
     steps, labels = parse(loop)
     starts = sorted({0, *labels.values()})
@@ -132,10 +137,10 @@ def trace(loop: str, logits: int, bounded: bool) -> list[Instruction]:
     each = len(forms) // times
     at, path = 0, [0]
     for i in range(0, each * times, each):
-        # Bounded: fewest special functions; without the loss, any, crossed by a diagonal: ever more instructions.
-        least, *others = sorted(forms[i : i + each])
-        chosen = least if bounded else sorted(others, key=lambda form: form[1])[1]
-        start, end = chosen[2:]
+        # Bounded: fewest special functions. Without the loss, capped, any, crossed: ever more instructions.
+        bounded, *others = sorted(forms[i : i + each])
+        others.sort(key=lambda block: block[1])
+        start, end = {"bounded": bounded, "capped": others[1], "any": others[2]}[form][2:]
         path += [*way(steps, labels, at, start), *range(start + 1, end)] if start > at else list(range(1, end))
         at = end - 1
     return [steps[i] for i in path + way(steps, labels, at, len(steps) - 1)]
@@ -207,8 +212,8 @@ class Scheduler:
             self.warps[(self.warps.index(warp) + 1) % len(self.warps)].turns.append(now)
         busy, latency = PIPES[step.pipe]
         self.free[step.pipe] = max(now, self.free[step.pipe]) + busy
-        for board in step.sets:
-            warp.boards[board] = max(warp.boards[board], now + latency)
+        for board, read in step.sets:
+            warp.boards[board] = max(warp.boards[board], now + (READ if read else latency))
         warp.ready = now + max(step.stall, 1)
         warp.rounds, warp.at = divmod(warp.rounds * len(self.steps) + warp.at + 1, len(self.steps))
 
@@ -262,7 +267,7 @@ def main() -> None:
             if name.endswith("ids"):
                 forms = labelled_traces(loop, shape.logits)
             else:
-                forms = ((form, trace(loop, shape.logits, form == "bounded")) for form in ("bounded", "any"))
+                forms = ((form, trace(loop, shape.logits, form)) for form in FORMS)
             for form, steps in forms:
                 for meet, share in (("beside", BESIDE), ("behind", BEHIND)):
                     found = Scheduler(steps, consumers, share).run()

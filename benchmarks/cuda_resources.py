@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ class Kernel(NamedTuple):
     stack: int
     local: int  #: accesses to local memory
     matrix: set[str]
-    waits: float  #: for HGMMA, for each of them
+    waits: float  #: share of HGMMA after which all or some are waited for
     exponentials: int
     special: float | None  #: special functions per exponential in a sweep's main loop
     loop: str
@@ -117,7 +118,8 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
             special = len(re.findall(r"\bMUFU", loop)) / exponentials if exponentials else float("inf")
         local, exponentials = (len(re.findall(rf"\b(?:{op})\b", part)) for op in ("LDL|STL", r"MUFU\.EX2"))
         matrix = re.findall(r"\b(HG?MMA)\b", part)
-        waits = len(re.findall(r"\bWARPGROUP\.DEPBAR", part)) / max(len(matrix), 1)
+        order = re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR)", part)
+        waits = sum(pair == ("HGMMA", "WARPGROUP.DEPBAR") for pair in pairwise(order)) / max(len(matrix), 1)
         kernels.append(Kernel(name, *registers[mangled], local, set(matrix), waits, exponentials, special, loop))
     return sorted(kernels)
 
@@ -171,8 +173,8 @@ def faults(kernel: Kernel, shape: Shape | None) -> list[str]:
     if stored(kernel.loop, shape) != (2 + record if makes_g else 0):
         wrong.append("stores more or less than G")
     # Of the loop's body, each with all logits. G's kernel always takes the loss.
-    # With ids each has two ways.
-    forms = (4 if makes_g else 6) if kernel.name.endswith("ids") else 3 if makes_g else 4
+    # With ids each but the bounded one, and each has two ways.
+    forms = (6 if makes_g else 8) if kernel.name.endswith("ids") else 4 if makes_g else 5
     if kernel.exponentials < forms * shape.logits * shape.times:
         wrong.append("too few exponentials")
     return wrong

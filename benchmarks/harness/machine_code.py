@@ -50,7 +50,7 @@ def voted_ways(loop: str, groups: int, times: int) -> list[list[list[int]]]:
     for line in loop.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(steps)
-        elif step := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+        elif step := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*;.*)", line):
             steps.append(step[1])
     jumps = [at for at, text in enumerate(steps) if re.search(r"\bBRA\b", text)]
     votes: list[int] = []  # the jumps that they decide, with terms behind them
@@ -68,7 +68,7 @@ def voted_ways(loop: str, groups: int, times: int) -> list[list[list[int]]]:
 
 
 def _way(steps: list[str], labels: dict[str, int], closed: set[int], votes: dict[int, bool]) -> list[int]:
-    """The shortest from the first to the last; what multiplies or copies is not jumped over."""
+    """The shortest from the first to the last; what multiplies or copies is not jumped over, but with other forms."""
     before = {0: 0}
     open_ends = [0]
     for at in open_ends:
@@ -76,9 +76,14 @@ def _way(steps: list[str], labels: dict[str, int], closed: set[int], votes: dict
         jump = re.search(r"\bBRA(?:\.U)? .*?(\.L_x_\d+)", step)
         to = labels.get(jump[1]) if jump else None
         nexts = [] if (jump and not step.startswith("@")) or step.startswith("EXIT") else [at + 1]
-        if at in votes and to is not None:
+        if step.startswith("BRX"):
+            nexts = [labels[target] for target in re.findall(r"\.L_x_\d+", step) if target in labels]
+        elif at in votes and to is not None:
             nexts = [to if votes[at] != step.startswith("@!") else at + 1]
-        elif to is not None and not any(re.search(rf"{ANY_MATRIX}|\bLDGSTS", over) for over in steps[at + 1 : to]):
+        elif to is not None and (
+            not closed.isdisjoint(range(at, to))
+            or not any(re.search(rf"{ANY_MATRIX}|\bLDGSTS", over) for over in steps[at + 1 : to])
+        ):
             nexts.append(to)
         for following in nexts:
             if following < len(steps) and following not in before and following not in closed:

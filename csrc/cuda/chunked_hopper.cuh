@@ -110,8 +110,9 @@ MIO_DEVICE void wide_terms(const ChunkLogits& in, const Coefficients& coefficien
   constexpr int kHalf = T::kBlockN / 2, N = kHalf / 8;
   const int lane = threadIdx.x % 32, tile_row0 = TilePairs{in}.first_row(pair),
             tile_col0 = TilePairs{in}.first_column(pair);
+  const int consumer_row0 = tile_row0 + consumer * T::kConsumerRows;
   const int row0 = tile_row0 + gathered(threadIdx.x / 32 * 16 + lane / 4);  // this thread's first
-  TileTerms<A, 1, kIds, Gathered> terms(in.rows, in.cols, row0, coefficients, in.normalize);
+  TileTerms<A, 1, kIds, Gathered> terms(in.rows, in.cols, in.pairs, row0, coefficients, in.normalize, true);
   const float inverse[2] = {in.rows.inverse[row0], in.rows.inverse[row0 + Gathered::kNextRow]};
   auto* to = static_cast<typename A::Element*>(in.g) + int64_t(row0 - in.row0) * in.cols.n_pad + tile_col0 +
              lane % 4 * Gathered::kLaneColumns;
@@ -119,10 +120,10 @@ MIO_DEVICE void wide_terms(const ChunkLogits& in, const Coefficients& coefficien
   for (int half = 0; half < 2; ++half) {
     auto& of = reinterpret_cast<float (&)[1][N][4]>(s[0][half * N]);
     const int col0 = tile_col0 + half * kHalf;
-    const bool crossed = col0 + kHalf > in.cols.n ||
-                         in.pairs.cross(tile_row0 + consumer * T::kConsumerRows, T::kConsumerRows, col0, kHalf);
+    const bool crossed = col0 + kHalf > in.cols.n || is_cut(consumer_row0, T::kConsumerRows, in.rows.n) ||
+                         in.pairs.crossings(consumer_row0, T::kConsumerRows, kHalf).at(col0);
     const uint32_t at = factors + half * kHalf * 4;
-    terms.tile(of, at, at + T::kKeysAt - T::kFactorsAt, in.pairs, row0, col0, crossed, true);
+    terms.template tile<0>(of, [] {}, at, at + T::kKeysAt - T::kFactorsAt, col0, crossed);
     if (in.g) store_g<A, N>(to + half * kHalf, int64_t(Gathered::kNextRow) * in.cols.n_pad, of[0], inverse);
   }
   double more[kSums];

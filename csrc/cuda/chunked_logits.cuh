@@ -113,12 +113,13 @@ MIO_DEVICE void fragment_terms(const ChunkLogits& in, float (&s)[F][N][4], uint3
   const int warp_row0 = in.first_row(fresh_block_index()) + warp_row(warp);
   const int col0 = in.first_column(fresh_block_index()) + warp_column(warp);
   const int row0 = warp_row0 + 16 * f + lane / 4;  // this thread's first
-  const bool crossed = col0 + T::kWarpN > in.cols.n || in.pairs.cross(warp_row0, T::kWarpM, col0, T::kWarpN);
-  TileTerms<A, 1, kIds, GatheredColumns> terms(in.rows, in.cols, row0,
-                                               Coefficients(read_params(in.constants, in.params)), in.normalize);
+  const bool crossed = col0 + T::kWarpN > in.cols.n || is_cut(warp_row0, T::kWarpM, in.rows.n) ||
+                       in.pairs.crossings(warp_row0, T::kWarpM, T::kWarpN).at(col0);
+  const Coefficients coefficients(read_params(in.constants, in.params));
+  TileTerms<A, 1, kIds, GatheredColumns> terms(in.rows, in.cols, in.pairs, row0, coefficients, in.normalize, true);
   auto& of = reinterpret_cast<float (&)[1][N][4]>(s[f]);
   const uint32_t at = factors + warp_column(warp) * 4;
-  terms.tile(of, at, at + T::kKeysAt - T::kFactorsAt, in.pairs, row0, col0, crossed, true);
+  terms.template tile<0>(of, [] {}, at, at + T::kKeysAt - T::kFactorsAt, col0, crossed);
   if (in.g) {
     const float inverse[2] = {in.rows.inverse[row0], in.rows.inverse[row0 + GatheredColumns::kNextRow]};
     auto* to = static_cast<typename A::Element*>(in.g) + int64_t(row0 - in.row0) * in.cols.n_pad + col0 +

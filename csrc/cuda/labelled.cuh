@@ -65,10 +65,23 @@ struct LabelledTerms {
   Coefficients coefficients;
   LabelledWeights weights;
   const Prepared &rows, &cols;
-  bool asks;  // keys of this warp's rows may be those of several ids, or some of its rows do not exist
+  const Pairs& pairs;
+  int row0;
+  // kAsked: keys of this warp's rows may be those of several ids, or some of its rows do not exist. kCapped:
+  // CappedTerms will do.
+  enum class Form { kAsked, kNoLoss, kCapped, kAny } form;
 
-  MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, int row0, const Coefficients& coefficients, bool)
-      : coefficients(coefficients), weights(coefficients), rows(rows), cols(cols) {
+  MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, const Pairs& pairs, int row0,
+                           const Coefficients& coefficients, bool normalize, bool loss)
+      : coefficients(coefficients),
+        weights(coefficients),
+        rows(rows),
+        cols(cols),
+        pairs(pairs),
+        row0(row0),
+        form(!loss                                                                        ? Form::kNoLoss
+             : normalize && fabsf(coefficients.n) + coefficients.bias < CappedTerms::kTop ? Form::kCapped
+                                                                                          : Form::kAny) {
     uint32_t all = 0;
 #pragma unroll
     for (int f = 0; f < F; ++f)
@@ -79,7 +92,7 @@ struct LabelledTerms {
         key[f][h] = rows.keys[row];
         all |= key[f][h];
       }
-    asks = any_of_warp(is_hashed(all) || last_row(row0) >= rows.n);
+    if (any_of_warp(is_hashed(all) || last_row() >= rows.n)) form = Form::kAsked;
   }
 
   MIO_DEVICE static float acc_weight(const Coefficients& coefficients) {
@@ -87,15 +100,18 @@ struct LabelledTerms {
   }
 
   // As in NegativeTerms, with positive pairs. keys: the columns', in shared memory.
-  template <int N>
-  MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, uint32_t keys, const Pairs& pairs, int row0, int col0,
-                       bool crossed, bool loss) {
-    if (crossed || asks)
-      tile_of<AnyTerms, true, true>(s, factors, keys, pairs, row0, col0, crossed || last_row(row0) >= rows.n);
-    else if (!loss)
-      tile_of<AnyTerms, false, false>(s, factors, keys, pairs, row0, col0, false);
+  template <int, int N, class Ready>
+  MIO_DEVICE void tile(float (&s)[F][N][4], Ready ready, uint32_t factors, uint32_t keys, int col0, bool crossed) {
+    const ColumnFactors<Order> column_factors(factors);
+    ready();
+    if (crossed || form == Form::kAsked)
+      tile_of<AnyTerms, true, true>(s, column_factors, keys, col0, crossed || last_row() >= rows.n);
+    else if (form == Form::kNoLoss)
+      tile_of<AnyTerms, false, false>(s, column_factors, keys, col0, false);
+    else if (form == Form::kCapped)
+      tile_of<CappedTerms, false, true>(s, column_factors, keys, col0, false);
     else
-      tile_of<AnyTerms, false, true>(s, factors, keys, pairs, row0, col0, false);
+      tile_of<AnyTerms, false, true>(s, column_factors, keys, col0, false);
   }
 
   MIO_DEVICE void total(double (&sums)[kSums]) const {
@@ -108,7 +124,7 @@ struct LabelledTerms {
   }
 
  private:
-  MIO_DEVICE static int last_row(int row0) { return row0 + 16 * (F - 1) + Order::kNextRow; }
+  MIO_DEVICE int last_row() const { return row0 + 16 * (F - 1) + Order::kNextRow; }
 
   // Four columns of a tile.
   struct Group {
@@ -120,26 +136,26 @@ struct LabelledTerms {
 
   // kAsks: equal keys may be of different ids, and if `crossed`, some logits are of no pair.
   template <class Terms, bool kAsks, bool kLoss, int N>
-  MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, uint32_t keys, const Pairs& pairs, int row0, int col0,
+  MIO_DEVICE void tile_of(float (&s)[F][N][4], const ColumnFactors<Order>& factors, uint32_t keys, int col0,
                           bool crossed) {
     const int column = threadIdx.x % 4 * Order::kLaneColumns;
     bool mixed = false;
     MixedSums<F> sums;
 #pragma unroll
     for (int f = 0; f < F; ++f) {
-      typename Terms::Sum sum;
+      Terms sum;
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         auto& four = reinterpret_cast<float (&)[2][4]>(s[f][n]);
         Group group;
         group.row0 = row0 + 16 * f, group.col0 = col0 + Order::column(n) + column;
         bool some = crossed;
+        const float4 c = factors.four(n);
+        group.c[0] = c.x * A::kLift, group.c[1] = c.y * A::kLift, group.c[2] = c.z * A::kLift,
+        group.c[3] = c.w * A::kLift;
 #pragma unroll
         for (int j = 0; j < 4; j += 2) {
-          const uint32_t at = (Order::column(n + j / 2) + column) * 4;
-          const float2 factor = load_shared_pair(factors + at);
-          const uint2 two = load_shared_words(keys + at);
-          group.c[j] = factor.x * A::kLift, group.c[j + 1] = factor.y * A::kLift;
+          const uint2 two = load_shared_words(keys + (Order::column(n + j / 2) + column) * 4);
           group.keys[j] = two.x, group.keys[j + 1] = two.y;
 #pragma unroll
           for (int h = 0; h < 2; ++h) some |= (two.x == key[f][h]) | (two.y == key[f][h]);
@@ -152,10 +168,10 @@ struct LabelledTerms {
         } else {
           negatives<Terms, kLoss>(four, group, f, sum);
         }
-        constexpr int kMost = Terms::Sum::kMost;
+        constexpr int kMost = Terms::kMost;
         if (kLoss && ((4 * n + 8) % kMost == 0 || n + 2 == N)) {
           sum.to(negative.softplus, negative.sigmoid, (4 * n + 8) % kMost == 0 ? kMost : 4 * N % kMost);
-          sum = typename Terms::Sum();
+          sum = Terms();
         }
       }
     }
@@ -175,28 +191,27 @@ struct LabelledTerms {
   }
 
   template <class Terms, bool kLoss>
-  MIO_DEVICE void negatives(float (&s)[2][4], const Group& group, int f, typename Terms::Sum& sum) {
-    float weighted[4];
+  MIO_DEVICE void negatives(float (&s)[2][4], const Group& group, int f, Terms& sum) {
+    float v[8], t[8], weight[8];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) weighted[j] = group.c[j] * weights.n;
+    for (int i = 0; i < 8; ++i) {
+      const int h = i / 4, j = i % 4;
+      v[i] = s[j / 2][2 * h + j % 2] * group.c[j];
+      t[i] = v[i] * (inverse[f][h] * coefficients.n) + coefficients.bias;
+    }
+    sum.add(t, weight);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float scale = inverse[f][h] * coefficients.n;
-      float v[4], t[4];
+    for (int i = 0; i < 8; ++i) s[i % 4 / 2][i / 4 * 2 + i % 2] = weight[i] * (group.c[i % 4] * weights.n);
+    if constexpr (kLoss) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        v[j] = s[j / 2][2 * h + j % 2] * group.c[j];
-        t[j] = v[j] * scale + coefficients.bias;
+      for (int h = 0; h < 2; ++h) {
+        float sums[2] = {};
+#pragma unroll
+        for (int j = 4 * h; j < 4 * h + 4; j += 2)
+          sums[0] += v[j] + v[j + 1], sums[1] += weight[j] * v[j] + weight[j + 1] * v[j + 1];
+        negative.product += sums[0] * inverse[f][h];
+        negative.sigmoid_product += sums[1] * inverse[f][h];
       }
-      const Terms terms(t);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) s[j / 2][2 * h + j % 2] = terms.times(j, weighted[j]);
-      if constexpr (!kLoss) continue;
-      sum.add(terms);
-      negative.product += ((v[0] + v[1]) + (v[2] + v[3])) * inverse[f][h];
-      negative.sigmoid_product +=
-          ((terms.times(0, v[0]) + terms.times(1, v[1])) + (terms.times(2, v[2]) + terms.times(3, v[3]))) *
-          inverse[f][h];
     }
   }
 

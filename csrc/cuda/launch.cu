@@ -140,6 +140,7 @@ struct Workspace {
     p.z = carver.take<unsigned char>(bytes);
     if (is_chunked_hopper(in) && dense) p.dense = carver.take<unsigned char>(bytes);
     p.inverse = carver.take<float>(p.n_pad);
+    if (uses_hopper(in)) p.factors = carver.take<float>(p.n_pad);
     p.back = carver.take<float>(p.n_pad);
     p.half_norm = carver.take<float>(p.n_pad);
     p.ids = ids;

@@ -55,6 +55,14 @@ MIO_DEVICE float2 load_shared_pair(uint32_t address) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
   return v;
 }
+MIO_DEVICE float4 load_shared_four(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
 
 MIO_DEVICE uint2 load_shared_words(uint32_t address) {
   uint2 v;
@@ -103,6 +111,12 @@ MIO_DEVICE float reciprocal(float v) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
+}
+// t < 0: v *= e; else, and if t is NaN: sum += t. The compiler would calculate the first always, and select.
+MIO_DEVICE void times_or_add(float t, float& v, float e, float& sum) {
+  asm("{.reg .pred p; setp.lt.f32 p, %2, 0f00000000; @p mul.f32 %0, %0, %3; @!p add.f32 %1, %1, %2;}"
+      : "+f"(v), "+f"(sum)
+      : "f"(t), "f"(e));
 }
 MIO_DEVICE uint32_t pack(Bfloat16, float low, float high) {
   uint32_t r;

@@ -17,6 +17,7 @@ struct Prepared {
   void* z;             // [n_pad, parts, width] of what the tensor cores take, in `layout`
   void* dense;         // [n_pad, width] the same again, for a library; or nullptr
   float* inverse;      // [n_pad] the unit vector is z' inverse, for the copy z'; eq. (1)
+  float* factors;      // [n_pad] the same, of row r in the place of gathered(r); if tiled
   float* back;         // [n_pad] dL/dz = (I - z^ z^T) dL/dz^ back; eq. (10)
   float* half_norm;    // [n_pad] |z^|^2 / 2, for the distance in eq. (12), with ids
   const int64_t* ids;  // [n] or nullptr
@@ -118,6 +119,7 @@ MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
   const float inverse = in.normalize ? 1 / (norm > least || norm != norm ? norm : least) : 1 / power;
   if (out.ids) out.keys[row] = row < out.n ? key_of(out.ids[row]) : 0;
   out.inverse[row] = inverse;
+  if (out.layout == Layout::kTiled) out.factors[gathered(row)] = inverse;
   out.back[row] = in.normalize ? (norm <= least ? 0 : power / norm) : 1;
   out.half_norm[row] = 0.5f * (norm * inverse) * (norm * inverse);
 }

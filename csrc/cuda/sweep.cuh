@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
     cp_async_commit();
   }
 
-  TileTerms<A, F, kIds> terms(in.rows, in.cols, row0, coefficients, in.normalize);
+  TileTerms<A, F, kIds> terms(in.rows, in.cols, in.pairs, row0, coefficients, in.normalize, in.loss);
   float acc[F][T::kSlice / 8][4] = {};
   const uint32_t slice_at = blockIdx.z * (T::kSlice * T::kPartBytes / T::kWidth);  // a multiple of 128 bytes
   uint32_t stage = first_stage;
@@ -96,8 +96,9 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
 
     float s[F][N][4];
     logits<A, T>(s, smem + warp_row * T::kRowBytes, stage);
-    const bool crossed = col0 + T::kBlockN > in.cols.n || in.pairs.cross(block_row0, T::kBlockM, col0, T::kBlockN);
-    terms.tile(s, stage + T::kFactorsAt, stage + T::kKeysAt, in.pairs, row0, col0, crossed, in.loss);
+    const bool crossed = col0 + T::kBlockN > in.cols.n || is_cut(block_row0 + warp_row, 16 * F, in.rows.n) ||
+                         in.pairs.crossings(block_row0, T::kBlockM, T::kBlockN).at(col0);
+    terms.template tile<0>(s, [] {}, stage + T::kFactorsAt, stage + T::kKeysAt, col0, crossed);
     if (in.grad) gradient<A, T>(acc, s, T::kSlices == 1 ? stage : stage + slice_at);
     stage = stage == last_stage ? first_stage : stage + T::kStageBytes;
   }

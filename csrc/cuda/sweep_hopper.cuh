@@ -46,7 +46,7 @@ MIO_DEVICE void produce(const Sweep& in, uint32_t smem, int first, int end) {
     for (int block = 0; block < T::kBlocks; ++block)
       bulk_copy(state.columns() + block * T::kBlockN * kBlockRowBytes, columns + block * kRowMultiple * kBlockRowBytes,
                 T::kBlockN * kBlockRowBytes, state.full());
-    bulk_copy(state.columns() + T::kFactorsAt, in.cols.inverse + col0, T::kBlockN * 4, state.full());
+    bulk_copy(state.columns() + T::kFactorsAt, in.cols.factors + col0, T::kBlockN * 4, state.full());
     if (in.cols.ids) bulk_copy(state.columns() + T::kKeysAt, in.cols.keys + col0, T::kBlockN * 4, state.full());
   }
 }
@@ -116,18 +116,22 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
   const int block_row0 = blockIdx.x * T::kBlockM, consumer_row0 = block_row0 + consumer * T::kConsumerRows;
   const int row0 = block_row0 + threadIdx.x / 32 * 16 + lane / 4;  // this thread's first
   const Descriptor rows(smem + consumer * T::kConsumerRows * kBlockRowBytes);
+  // Of columns, before which a tile's pairs are all there: none, if only some of this warp's rows are.
+  const int there = is_cut(block_row0 + uniform(threadIdx.x / 32) * 16, 16, in.rows.n) ? 0 : in.cols.n;
+  const Crossings crossings = in.pairs.crossings(consumer_row0, T::kConsumerRows, T::kBlockN);
   const int my_barrier = 1 + consumer, other_barrier = 2 - consumer;
   const Coefficients coefficients(read_params(in.results.constants, in.results.params));
-  TileTerms<A, 1, kIds, Straight, T::kProductsInLoop> terms(in.rows, in.cols, row0, coefficients, in.normalize);
+  TileTerms<A, 1, kIds, GatheredFactors, T::kProductsInLoop> terms(in.rows, in.cols, in.pairs, row0, coefficients,
+                                                                   in.normalize, in.loss);
   float acc[1][kWidth / 8][4] = {}, s[1][N][4];
   uint32_t g[N / 2][1][4] = {};
   if (consumer == 1) barrier_arrive(other_barrier, T::kThreads);  // the first turn is the other's
 
   PipelineState<T> state{smem}, last{smem};
   mbarrier_wait(state.rows_there(), 0);
-  for (int col0 = first; col0 < end; col0 += T::kBlockN, state.next()) {
-    const bool crossed =
-        col0 + T::kBlockN > in.cols.n || in.pairs.cross(consumer_row0, T::kConsumerRows, col0, T::kBlockN);
+  int col0 = first;
+  for (int left = ceil_div(end - first, T::kBlockN); left > 0; --left, col0 += T::kBlockN, state.next()) {
+    const bool crossed = col0 + T::kBlockN > there || crossings.at(col0);
     mbarrier_wait(state.full(), state.parity);
     barrier_wait(my_barrier, T::kThreads);
     wgmma_fence();
@@ -135,11 +139,13 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
     wgmma_commit();
     start_gradient<A, T>(acc, g, last.columns());  // of the tile before; for the first, of zeros
     wgmma_commit();
-    if (consumer == 0 || col0 + T::kBlockN < end) barrier_arrive(other_barrier, T::kThreads);
-    wgmma_wait<1>();
-    hold_all(s[0]);
-    terms.tile(s, state.columns() + T::kFactorsAt, state.columns() + T::kKeysAt, in.pairs, row0, col0, crossed,
-               in.loss);
+    if (consumer == 0 || left > 1) barrier_arrive(other_barrier, T::kThreads);
+    auto ready = [&] {
+      wgmma_wait<1>();
+      hold_all(s[0]);
+    };
+    terms.template tile<T::kFactorsAhead>(s, ready, state.columns() + T::kFactorsAt, state.columns() + T::kKeysAt, col0,
+                                          crossed);
     wgmma_wait<0>();
     hold_all(acc[0]);
 #pragma unroll

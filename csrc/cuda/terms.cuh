@@ -60,183 +60,240 @@ struct SoftplusSum {
     sum += relu + float(exponent);
     p = exponent > 0 ? float_of((bits & 0x007fffffu) | 0x3f800000u) - 1 : q;
   }
+  // The same without a max(t, 0), of factors of which none is tiny beside 1, times 2^-kLowered.
+  static constexpr int kLowered = 100;
+  MIO_DEVICE void add_factors(float product) {
+    const uint32_t bits = bits_of((1 + p) * product);
+    sum += float(int(bits >> 23) - 127 + kLowered) + (product - product);  // NaN, which bits lose
+    p = float_of((bits & 0x007fffffu) | 0x3f800000u) - 1;
+  }
   MIO_DEVICE double total() const { return double(kLn2) * (double(sum) + double(log2_1p(p))); }
 };
 
 // (1 + a)(1 + b) - 1
 MIO_DEVICE float times_1p(float a, float b) { return a * b + (a + b); }
 
-// Four terms of a row, side by side, of which two share a reciprocal, and the Sum of up to kMost of them on its way
-// into a SoftplusSum and a sum of sigmoids. times(j, c) is sigma c.
+MIO_DEVICE float sum_eight(const float (&v)[8]) {
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+// Sums over up to kMost logits t, base 2, on their way into a SoftplusSum and a sum of sigmas. Eight at a time are
+// added, and become sigma(t) = weight - kShift. Some of them share a reciprocal: with f = 1 + e,
+//     1 / f0 = f1 / (f0 f1).
+// Three forms, for fewer instructions the more is known of t.
+
+// Any t, by e = 2^-|t|.
 struct AnyTerms {
-  float sigmoid[4];
-  float relu, e;  // of all: the sum of max(t, 0), and the product of 1 + e, less 1
+  static constexpr int kMost = 64;
+  static constexpr float kShift = 0;
+  float relu = 0, p = 0, sigma = 0;  // of max(t, 0), of the product of 1 + e, less 1, and of sigma
 
-  MIO_DEVICE explicit AnyTerms(const float (&t)[4]) {
-    float e1[4], relu1[4];
+  MIO_DEVICE void add(const float (&t)[8], float (&weight)[8]) {
 #pragma unroll
-    for (int j = 0; j < 4; j += 2) {
-      e1[j] = exp2_approx(-fabsf(t[j])), e1[j + 1] = exp2_approx(-fabsf(t[j + 1]));
-      const float f[2] = {1 + e1[j], 1 + e1[j + 1]}, r = reciprocal(f[0] * f[1]);
+    for (int j = 0; j < 8; j += 2) {
+      const float e[2] = {exp2_approx(-fabsf(t[j])), exp2_approx(-fabsf(t[j + 1]))};
+      const float f[2] = {1 + e[0], 1 + e[1]}, both = f[0] * f[1], r = reciprocal(both);
+      weight[j] = r * f[1], weight[j + 1] = r * f[0];
 #pragma unroll
-      for (int i = j; i < j + 2; ++i) {
-        const bool below = t[i] < 0;
-        relu1[i] = below ? 0 : t[i];
-        const float above = r * f[j + 1 - i];
-        sigmoid[i] = below ? e1[i] * above : above;
+      for (int i = 0; i < 2; ++i) times_or_add(t[j + i], weight[j + i], e[i], relu);
+      p = p * both + (e[0] * f[1] + e[1]);
+    }
+    sigma += sum_eight(weight);
+  }
+  MIO_DEVICE void to(SoftplusSum& softplus, float& sigmas, int) const {
+    softplus.add(relu, p);
+    sigmas += sigma;
+  }
+};
+
+// t up to kTop, however far below: e = 2^t itself, no case of a sign, and no max(t, 0).
+struct CappedTerms {
+  static constexpr float kTop = 0.9f;
+  static constexpr int kMost = 64;  // of 1 + 2^0.9 are 2^97
+  static constexpr float kShift = 0;
+  float p = 0, sigma = 0;
+
+  MIO_DEVICE void add(const float (&t)[8], float (&weight)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {
+      float over[4], less_one[2], two[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float e[2] = {exp2_approx(t[j + 2 * i]), exp2_approx(t[j + 2 * i + 1])};
+        over[2 * i] = e[0] * e[1] + e[0], over[2 * i + 1] = e[0] * e[1] + e[1];  // sigma f0 f1
+        less_one[i] = over[2 * i] + e[1], two[i] = 1 + less_one[i];
       }
+      const float four = two[0] * two[1], r = reciprocal(four);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weight[j + i] = over[i] * (r * two[1 - i / 2]);
+      p = p * four + (less_one[0] * two[1] + less_one[1]);
     }
-    relu = (relu1[0] + relu1[1]) + (relu1[2] + relu1[3]);
-    e = times_1p(times_1p(e1[0], e1[1]), times_1p(e1[2], e1[3]));
+    sigma += sum_eight(weight);
   }
-  MIO_DEVICE float times(int j, float c) const { return sigmoid[j] * c; }
-
-  struct Sum {
-    static constexpr int kMost = 64;
-    float relu = 0, p = 0, sigmoid = 0;
-    MIO_DEVICE void add(const AnyTerms& terms) {
-      relu += terms.relu, p = times_1p(p, terms.e);
-      sigmoid += (terms.sigmoid[0] + terms.sigmoid[1]) + (terms.sigmoid[2] + terms.sigmoid[3]);
-    }
-    MIO_DEVICE void to(SoftplusSum& softplus, float& sigmoids, int) const {
-      softplus.add(relu, p);
-      sigmoids += sigmoid;
-    }
-  };
+  MIO_DEVICE void to(SoftplusSum& softplus, float& sigmas, int) const {
+    softplus.add(0, p);
+    sigmas += sigma;
+  }
 };
 
-// The same of logits up to kBound in magnitude: without cases, for nothing is tiny beside 1, and with one reciprocal.
-// 1 - sigma is at most 8/9, so sigma loses three bits to it; a product and a sum are saved.
+// |t| up to kTop: nothing is tiny beside 1, and sigma, 1/9 to 8/9, keeps its bits in 1 + sigma. These are numbers in
+// [1, 2), so their sum is one of integers, two to an instruction.
 struct BoundedTerms {
-  static constexpr float kBound = 3;  // 32 of 1 + 2^3 are 2^101
-  float rest[4];                      // 1 - sigma
-  float factor;                       // of all 1 + e
+  static constexpr float kTop = 3;
+  static constexpr int kMost = 64;  // of 1 + 2^3 are 2^203
+  static constexpr float kShift = 1;
+  float product = 0x1p-100f;  // of 1 + e, lowered
+  uint32_t weights = 0;       // their bits, added up
 
-  MIO_DEVICE explicit BoundedTerms(const float (&t)[4]) {
-    float f[4];
+  MIO_DEVICE void add(const float (&t)[8], float (&weight)[8]) {
+    float f[8], two[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) f[j] = 1 + exp2_approx(t[j]);
-    const float two[2] = {f[0] * f[1], f[2] * f[3]};
-    factor = two[0] * two[1];
-    const float r = reciprocal(factor);
+    for (int j = 0; j < 8; ++j) f[j] = 1 + exp2_approx(t[j]);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) rest[j] = r * two[1 - j / 2] * f[j ^ 1];
+    for (int i = 0; i < 4; ++i) two[i] = f[2 * i] * f[2 * i + 1];
+    const float four[2] = {two[0] * two[1], two[2] * two[3]}, all = four[0] * four[1], r = reciprocal(all);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) weight[j] = 2 - r * four[1 - j / 4] * two[j / 2 ^ 1] * f[j ^ 1];
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) weights += bits_of(weight[j]) + bits_of(weight[j + 1]);
+    product *= all;
   }
-  MIO_DEVICE float times(int j, float c) const { return c - rest[j] * c; }
-
-  struct Sum {
-    static constexpr int kMost = 32;
-    float p = 1, rest = 0;
-    MIO_DEVICE void add(const BoundedTerms& terms) {
-      p *= terms.factor;
-      rest += (terms.rest[0] + terms.rest[1]) + (terms.rest[2] + terms.rest[3]);
-    }
-    MIO_DEVICE void to(SoftplusSum& softplus, float& sigmoids, int count) const {
-      softplus.add(p - p, p - 1);  // NaN by the first: the second may lose it
-      sigmoids += float(count) - rest;
-    }
-  };
+  MIO_DEVICE void to(SoftplusSum& softplus, float& sigmas, int count) const {
+    static_assert(SoftplusSum::kLowered == 100);
+    softplus.add_factors(product);
+    sigmas += float(int(weights - count * bits_of(1.0f))) * (1.0f / (1 << 23)) + (product - product);
+  }
 };
+
+// The norms' factors of a thread's columns of a tile, from shared memory, where they lie as Order::Factors says: the
+// first 4 kAhead are read at once, the others when they are asked for.
+template <class Order, int kAhead = 0>
+struct ColumnFactors {
+  using Factors = typename Order::Factors;
+  uint32_t place;
+  float4 ahead[kAhead + 1] = {};
+  MIO_DEVICE explicit ColumnFactors(uint32_t factors) : place(factors + threadIdx.x % 4 * Factors::kLaneColumns * 4) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i] = read_four(2 * i);
+  }
+  MIO_DEVICE float2 pair(int n) const { return load_shared_pair(place + Factors::column(n) * 4); }
+  MIO_DEVICE float4 four(int n) const { return n < 2 * kAhead ? ahead[n / 2] : read_four(n); }  // of n and n + 1
+
+ private:
+  MIO_DEVICE float4 read_four(int n) const {
+    if constexpr (std::is_same_v<Factors, Gathered>) return load_shared_four(place + Factors::column(n) * 4);
+    const float2 a = pair(n), b = pair(n + 1);
+    return {a.x, a.y, b.x, b.y};
+  }
+};
+
+enum class Form { kAny, kCapped, kBounded };
 
 // What a thread's F x 2 rows need of a sweep without ids, and its sums over negative pairs. G is sigma
 // alone; weight_n comes in at the end. kProducts: the sums of products too, which project.cuh else has for less.
 template <class A, int F, class Order, bool kProducts>
 struct NegativeTerms {
-  float scale[F][2];  // logit = (product without the row's norm) scale + bias; -inf for rows that do not exist
-  float bias[F][2];
+  float scale[F][2], bias;  // logit = (product without the row's norm) scale + bias
   SoftplusSum softplus;
-  float product[F][2] = {}, sigmoid_product[F][2] = {}, sigmoid = 0;
-  const Prepared& rows;
-  int row0, n_cols;
-  bool bounded;  // BoundedTerms will do
+  float product[F][2] = {}, weighted_product[F][2] = {}, sigmoid = 0;
+  const Prepared &rows, &cols;
+  const Pairs& pairs;
+  int row0;
+  Form form;
+  bool loss;
 
-  MIO_DEVICE NegativeTerms(const Prepared& rows, const Prepared& cols, int row0, const Coefficients& coefficients,
-                           bool normalize)
-      : rows(rows),
+  MIO_DEVICE NegativeTerms(const Prepared& rows, const Prepared& cols, const Pairs& pairs, int row0,
+                           const Coefficients& coefficients, bool normalize, bool loss)
+      : bias(coefficients.bias),
+        rows(rows),
+        cols(cols),
+        pairs(pairs),
         row0(row0),
-        n_cols(cols.n),
-        bounded(normalize && fabsf(coefficients.n) + fabsf(coefficients.bias) < BoundedTerms::kBound) {
+        form(form_of(coefficients, normalize)),
+        loss(loss) {
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = row0 + 16 * f + Order::kNextRow * h;
-        scale[f][h] = rows.inverse[row] * coefficients.n / A::kLift;
-        bias[f][h] = row < rows.n ? coefficients.bias : -float_of(0x7f800000u);
-      }
+      for (int h = 0; h < 2; ++h) scale[f][h] = rows.inverse[row_of(f, h)] * coefficients.n / A::kLift;
   }
 
   MIO_DEVICE static float acc_weight(const Coefficients& coefficients) { return coefficients.weight_n / A::kLift; }
 
-  // s [F, 8 N columns], x.y but for the norms, becomes sigma times the column's norm. factors: the columns'
-  // inverse norms, in shared memory. crossed: some pairs are no negative ones.
-  template <int N>
-  MIO_DEVICE void tile(float (&s)[F][N][4], uint32_t factors, uint32_t, const Pairs& pairs, int row0, int col0,
-                       bool crossed, bool loss) {
+  // By |x^ . y^| <= 1.
+  MIO_DEVICE static Form form_of(const Coefficients& coefficients, bool normalize) {
+    const float n = fabsf(coefficients.n);
+    if (!normalize) return Form::kAny;
+    if (n + fabsf(coefficients.bias) < BoundedTerms::kTop) return Form::kBounded;
+    return n + coefficients.bias < CappedTerms::kTop ? Form::kCapped : Form::kAny;
+  }
+  MIO_DEVICE float shift() const { return form == Form::kBounded ? BoundedTerms::kShift : 0; }
+
+  // s [F, 8 N columns], x.y but for the norms, becomes sigma times the column's norm. ready(): s is there; what does
+  // not need it comes before. factors: the columns' inverse norms, in shared memory, of which 4 kAhead come before.
+  // crossed: not all of these are negative pairs of rows and columns that exist. If none of a thread's rows exists,
+  // they may count, for its sums do not.
+  template <int kAhead, int N, class Ready>
+  MIO_DEVICE void tile(float (&s)[F][N][4], Ready ready, uint32_t factors, uint32_t, int col0, bool crossed) {
     if (crossed)
-      tile_of<AnyTerms, true, true>(s, factors, pairs, row0, col0);
+      tile_of<AnyTerms, true, true, kAhead>(s, ready, factors, col0);
     else if (!loss)
-      tile_of<AnyTerms, false, false>(s, factors, pairs, row0, col0);
-    else if (bounded)
-      tile_of<BoundedTerms, false, true>(s, factors, pairs, row0, col0);
+      tile_of<AnyTerms, false, false, kAhead>(s, ready, factors, col0);
+    else if (form == Form::kBounded)
+      tile_of<BoundedTerms, false, true, kAhead>(s, ready, factors, col0);
+    else if (form == Form::kCapped)
+      tile_of<CappedTerms, false, true, kAhead>(s, ready, factors, col0);
     else
-      tile_of<AnyTerms, false, true>(s, factors, pairs, row0, col0);
+      tile_of<AnyTerms, false, true, kAhead>(s, ready, factors, col0);
   }
 
+  MIO_DEVICE int row_of(int f, int h) const { return row0 + 16 * f + Order::kNextRow * h; }
+
   // kCrossed: pairs that are no negative ones take no part, and G is 0 there.
-  template <class Terms, bool kCrossed, bool kLoss, int N>
-  MIO_DEVICE void tile_of(float (&s)[F][N][4], uint32_t factors, const Pairs& pairs, int row0, int col0) {
+  template <class Terms, bool kCrossed, bool kLoss, int kAhead, int N, class Ready>
+  MIO_DEVICE void tile_of(float (&s)[F][N][4], Ready ready, uint32_t factors_at, int col0) {
     static_assert(N % 2 == 0);
+    const ColumnFactors<Order, kAhead> factors(factors_at);
+    ready();
     const int column = threadIdx.x % 4 * Order::kLaneColumns;
 #pragma unroll
     for (int f = 0; f < F; ++f) {
-      typename Terms::Sum sum;
-      int positive[2], own[2], end = 0;  // columns from this thread's first on
-      if constexpr (kCrossed) {          // braces: without them nvcc 13.0 leaves out the loop that follows
+      Terms sums;
+      int positive[2], own[2], end[2];  // columns from this thread's first on
+      if constexpr (kCrossed) {         // braces: without them nvcc 13.0 leaves out the loop that follows
         for (int h = 0; h < 2; ++h) {
-          positive[h] = pairs.positive(row0 + 16 * f + Order::kNextRow * h) - col0 - column;
-          own[h] = pairs.own(row0 + 16 * f + Order::kNextRow * h) - col0 - column;
+          positive[h] = pairs.positive(row_of(f, h)) - col0 - column;
+          own[h] = pairs.own(row_of(f, h)) - col0 - column;
+          end[h] = row_of(f, h) < rows.n ? cols.n - col0 - column : 0;
         }
-        end = n_cols - col0 - column;
       }
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
-        float c[4];
+        const float4 four = factors.four(n);
+        const float c[4] = {four.x * A::kLift, four.y * A::kLift, four.z * A::kLift, four.w * A::kLift};
+        float v[8], t[8], weight[8];  // of two rows
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-          const float2 factor = load_shared_pair(factors + (Order::column(n + j / 2) + column) * 4);
-          c[j] = factor.x * A::kLift, c[j + 1] = factor.y * A::kLift;
+        for (int i = 0; i < 8; ++i) {
+          const int h = i / 4, j = i % 4, col = Order::column(n + j / 2) + j % 2;
+          v[i] = s[f][n + j / 2][2 * h + j % 2] * c[j];
+          t[i] = v[i] * scale[f][h] + bias;
+          if (kCrossed && (col == positive[h] || col == own[h] || col >= end[h]))
+            v[i] = 0, t[i] = -float_of(0x7f800000u);
         }
+        sums.add(t, weight);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float v[4], t[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int col = Order::column(n + j / 2) + j % 2;
-            v[j] = s[f][n + j / 2][2 * h + j % 2] * c[j];
-            t[j] = v[j] * scale[f][h] + bias[f][h];
-            if (kCrossed && (col == positive[h] || col == own[h] || col >= end))
-              v[j] = 0, t[j] = -float_of(0x7f800000u);
-          }
-          const Terms terms(t);
-          if constexpr (kLoss) {
-            sum.add(terms);
-          }
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            float& to = s[f][n + j / 2][2 * h + j % 2];
-            to = terms.times(j, c[j]);
-            if constexpr (kLoss && kProducts) {
-              product[f][h] += v[j];
-              sigmoid_product[f][h] += terms.times(j, v[j]);
-            }
+        for (int i = 0; i < 8; ++i) {
+          const int h = i / 4, j = i % 4;
+          s[f][n + j / 2][2 * h + j % 2] = weight[i] * c[j] - (Terms::kShift == 0 ? 0 : c[j]);
+          if constexpr (kLoss && kProducts) {
+            product[f][h] += v[i];
+            weighted_product[f][h] += (weight[i] + (kCrossed ? shift() : 0)) * v[i];
           }
         }
         if constexpr (kLoss) {
-          constexpr int kMost = Terms::Sum::kMost;
+          constexpr int kMost = Terms::kMost;
           if ((4 * n + 8) % kMost == 0 || n + 2 == N) {
-            sum.to(softplus, sigmoid, (4 * n + 8) % kMost == 0 ? kMost : 4 * N % kMost);
-            sum = typename Terms::Sum();
+            sums.to(softplus, sigmoid, (4 * n + 8) % kMost == 0 ? kMost : 4 * N % kMost);
+            sums = Terms();
           }
         }
       }
@@ -245,15 +302,16 @@ struct NegativeTerms {
 
   MIO_DEVICE void total(double (&sums)[kSums]) const {
     PairSums out;
+    if (row0 >= rows.n) return to_array(out, sums);
     out.negative.softplus = softplus.total();
     out.negative.sigmoid = sigmoid;
 #pragma unroll
     for (int f = 0; f < F; ++f)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const double inverse = double(rows.inverse[row0 + 16 * f + Order::kNextRow * h]) / A::kLift;
+        const double inverse = double(rows.inverse[row_of(f, h)]) / A::kLift;
         out.negative.product += product[f][h] * inverse;
-        out.negative.sigmoid_prod += sigmoid_product[f][h] * inverse;
+        out.negative.sigmoid_prod += (weighted_product[f][h] - shift() * product[f][h]) * inverse;
       }
     to_array(out, sums);
   }

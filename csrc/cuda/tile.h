@@ -77,20 +77,27 @@ MIO_HOST_DEVICE constexpr uint32_t key_of(int64_t id) {
   return bits >> 31 == 0 ? uint32_t(bits) : uint32_t(bits * kKeyFactor >> 32) | 0x80000000u;
 }
 MIO_HOST_DEVICE constexpr bool is_hashed(uint32_t key) { return key >> 31 != 0; }
+// Are some of these rows there, and others not?
+MIO_HOST_DEVICE constexpr bool is_cut(int row0, int rows, int n) { return row0 < n && n < row0 + rows; }
 
 // Which rows and columns of a tile a thread's numbers are. Of every 16 x 8 places an accumulator holds rows g and g + 8
 // and columns 2q, 2q + 1, with g = lane / 4 and q = lane % 4. Where the operands' rows are gathered, its second row is
 // 2 after its first, and what a thread has of 32 columns lies side by side: 16 bytes of G.
 struct Straight {
+  using Factors = Straight;
   static constexpr int kNextRow = 8, kLaneColumns = 2;
   MIO_HOST_DEVICE static constexpr int column(int n) { return 8 * n; }  // the first, where q = 0
 };
 struct Gathered {
+  using Factors = Gathered;
   static constexpr int kNextRow = 2, kLaneColumns = 8;
   MIO_HOST_DEVICE static constexpr int column(int n) { return n / 4 * 32 + n % 4 * 2; }
 };
 struct GatheredColumns : Gathered {  // and the rows as they are
   static constexpr int kNextRow = 8;
+};
+struct GatheredFactors : Straight {  // the norms' factors alone
+  using Factors = Gathered;
 };
 
 // A block of four warps owns kBlockM rows, kRowFragments x 16 to a warp, and goes over tiles of kBlockN columns.
@@ -141,6 +148,8 @@ struct HopperTile {
   static constexpr int kBlockN = kWidth == 256 ? 64 : 128;
   static constexpr int kStages = 4;
   static constexpr bool kProductsInLoop = false;
+  static constexpr int kFactorsAhead =
+      3;  // of a thread's norms' factors, fours that it reads while the logits are made
   // Registers a thread: 65,536 in all, less than a third of them until producer and consumers divide them up.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
@@ -209,6 +218,16 @@ MIO_HOST_DEVICE constexpr uint32_t along(uint32_t place, uint32_t chunk) {
   return (place ^ ((chunk & 7) << 4)) + ((chunk >> 3) << 7);
 }
 
+// Where tiles of one row block begin that may hold a positive or own pair: from each of these columns on, so many.
+struct Crossings {
+  int first[3];
+  uint32_t places;
+  MIO_HOST_DEVICE bool at(int col0) const {
+    return uint32_t(col0 - first[0]) < places || uint32_t(col0 - first[1]) < places ||
+           uint32_t(col0 - first[2]) < places;
+  }
+};
+
 // The positive and the own column of a row; -1: none. In (i, j) of the op, the positive of row i is column
 // offset + (i + shift) mod M and its own column offset + i; a transposed sweep has j for rows.
 struct Pairs {
@@ -229,13 +248,11 @@ struct Pairs {
     const int column = transposed ? i : offset + i;
     return column < (transposed ? m : k) && column != own(row) ? column : -1;
   }
-  // Can a tile of this place and size hold either?
-  MIO_HOST_DEVICE bool cross(int row0, int rows, int col0, int cols) const {
-    const int sign = transposed ? -1 : 1;
-    const int place = col0 - row0;
-    auto crosses = [&](int diagonal) { return diagonal > place - rows && diagonal < place + cols; };
-    return (exclude_self && crosses(sign * offset)) || crosses(sign * (offset + shift)) ||
-           crosses(sign * (offset + shift - m));
+  // Of tiles of this size, below each other no further than rows are.
+  MIO_HOST_DEVICE Crossings crossings(int row0, int rows, int cols) const {
+    const int sign = transposed ? -1 : 1, first = row0 - cols + 1, positive = first + sign * (offset + shift);
+    return {{exclude_self ? first + sign * offset : positive, positive, positive - sign * m},
+            uint32_t(rows + cols - 1)};
   }
 };
 

@@ -104,6 +104,11 @@ inline uint2 load_shared_words(uint32_t address) {
   std::memcpy(&v, emulator::at_shared(address, 8), 8);
   return v;
 }
+inline float4 load_shared_four(uint32_t address) {
+  float4 v;
+  std::memcpy(&v, emulator::at_shared(address, 16), 16);
+  return v;
+}
 
 inline void cp_async(uint32_t to, const void* from, MIO_PLACE) {
   MIO_MAY_BE_LEFT_OUT;
@@ -187,6 +192,12 @@ inline float disturbed(double v, float of, double size) {
 }
 inline float exp2_approx(float v) { return disturbed(std::exp2(double(v)), v, 0x1p-22); }
 inline float reciprocal(float v) { return disturbed(1 / double(v), v, 0x1p-24); }
+inline void times_or_add(float t, float& v, float e, float& sum) {
+  if (t < 0)
+    v *= e;
+  else
+    sum += t;
+}
 
 inline void hold(float&) {}
 inline void hold(uint32_t&) {}

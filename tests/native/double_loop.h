@@ -27,8 +27,9 @@ inline std::vector<double> random_matrix(int64_t rows, int64_t cols, unsigned se
 
 struct Result {
   double loss = 0;
-  double mean_product = 0;    // of negative pairs
   double scale_gradient = 0;  // d loss / d a_n
+  // Means over negative pairs.
+  double mean_loss = 0, mean_product = 0, mean_sigmoid = 0;
   std::vector<double> dx, dy;
 };
 
@@ -68,6 +69,7 @@ inline Result by_double_loop(const Case& c, std::vector<double> x, std::vector<d
       const double g = (positive ? -p.weight_p : p.weight_n) * a / (1 + std::exp(-t));
       if (!positive) {
         negatives += 1, r.mean_product += s;
+        r.mean_loss += std::log1p(std::exp(t)), r.mean_sigmoid += 1 / (1 + std::exp(-t));
         r.scale_gradient += p.weight_n * s / (1 + std::exp(-t));
       }
       const double w_l = positive ? p.weight_l : 0;
@@ -78,7 +80,7 @@ inline Result by_double_loop(const Case& c, std::vector<double> x, std::vector<d
         r.dy[j * c.d + f] += g * a + w_l * (b - a);
       }
     }
-  r.mean_product /= negatives;
+  r.mean_loss /= negatives, r.mean_product /= negatives, r.mean_sigmoid /= negatives;
   auto through_norm = [&](const std::vector<double>& z, const std::vector<double>& norms, std::vector<double>& grad) {
     for (size_t i = 0; i < norms.size(); ++i) {
       double along = 0;

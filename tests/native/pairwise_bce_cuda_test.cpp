@@ -27,8 +27,10 @@ bool check(const Type& type, const Case& c, const Options& options) {
   std::vector<int64_t> x_ids(c.m), y_ids(k);
   for (int64_t i = 0; i < c.m; ++i) x_ids[i] = (i * 7 % 5) << 40;
   for (int64_t j = 0; j < k; ++j) y_ids[j] = (j * 3 % 5) << 40;
-  // Exact in float32. Logits of one column range stay below BoundedTerms::kBound, those of several do not.
-  const LossParams params{4, options.multiprocessors == 1 ? 1.5 : 3, -0.5, 0.5, 1.0 / 64, c.normalize ? 0.25 : 0.0};
+  // Exact in float32. Unit vectors' logits are bounded, capped or any: terms.cuh.
+  const bool bounded = options.multiprocessors == 1, capped = c.m / 10 % 2 == 1;
+  const LossParams params{
+      4, bounded ? 1.5 : capped ? 9.0 : 12.0, bounded ? -0.5 : -9.0, 0.5, 1.0 / 64, c.normalize ? 0.25 : 0.0};
   const Result expected = by_double_loop(c, x.values, y.values, x_ids, y_ids, params);
   Options variant = options, alone = options;
   variant.variant = true, alone.want_dx = false;
@@ -36,6 +38,14 @@ bool check(const Type& type, const Case& c, const Options& options) {
   const Outputs again = run(type, c, params, x, y, x_ids, y_ids, variant);
 
   const double loss_error = std::abs(out.loss / expected.loss - 1);
+  auto mean_error = [](double mean, double expected) {  // of negative pairs, if there are any
+    return expected == expected ? std::abs(mean / expected - 1) : 0;
+  };
+  const double negatives_error =
+      std::max(mean_error(out.stats[3], expected.mean_loss), mean_error(out.stats[7], expected.mean_sigmoid));
+  // The error of a product, times the scale, is one of a logit and, where sigma is small, a relative one of its loss.
+  const double negatives_limit =
+      type.arithmetic == Arithmetic::kTf32 ? type.gradient_limit : type.loss_limit * params.scale_n;
   // Beside a product's own size, 1 / sqrt(D), for they cancel. The Hopper kernel takes the other from its gradient, of
   // sigmas rounded to 16 bits.
   const double product_error = expected.mean_product == expected.mean_product
@@ -54,12 +64,13 @@ bool check(const Type& type, const Case& c, const Options& options) {
     alone_good = std::abs(dy.loss / expected.loss - 1) < type.loss_limit &&
                  (none || !c.k || relative_distance(dy.dy, expected.dy) < type.gradient_limit);
   }
-  std::printf("loss %.1e dx %.1e dy %.1e product %.1e scale %.1e%s%s", loss_error, dx_error, dy_error, product_error,
-              scale_error, same ? "" : ", other bits in another order", alone_good ? "" : ", dy alone is wrong");
+  std::printf("loss %.1e dx %.1e dy %.1e negatives %.1e product %.1e scale %.1e%s%s", loss_error, dx_error, dy_error,
+              negatives_error, product_error, scale_error, same ? "" : ", other bits in another order",
+              alone_good ? "" : ", dy alone is wrong");
   // Written so that NaN fails.
-  return loss_error < type.loss_limit && alone_good && dx_error < type.gradient_limit &&
-         dy_error < type.gradient_limit && product_error < (type.bytes == 2 ? 1e-6 : type.gradient_limit) &&
-         scale_error < type.gradient_limit && same;
+  return loss_error < type.loss_limit && negatives_error < negatives_limit && alone_good &&
+         dx_error < type.gradient_limit && dy_error < type.gradient_limit &&
+         product_error < (type.bytes == 2 ? 1e-6 : type.gradient_limit) && scale_error < type.gradient_limit && same;
 }
 
 struct Pattern {
@@ -93,8 +104,8 @@ bool check_not_finite(const Type& type, const Options& options, bool ids, bool n
       Input x(type, c.m, c.d, 1, 1), y(type, c.k, c.d, 1, 2);
       const bool in_y = !std::strcmp(where, "y");
       (in_y ? y : x).put(in_y ? 400 * c.d + 5 : where[1] ? 25 * c.d + 5 : 3 * c.d + 5, pattern.bits(type));
-      for (double scale : {1.0, 3.0}) {  // below BoundedTerms::kBound, and not
-        const LossParams params{scale, scale, 0, 0.5, 1.0 / 64, 0};
+      for (double scale : {1.0, 3.0, 9.0}) {  // logits that are bounded, any, and capped
+        const LossParams params{scale, scale, scale == 9 ? -9.0 : 0.0, 0.5, 1.0 / 64, 0};
         Options variant = options;
         variant.variant = where[1];
         const Outputs out = run(type, c, params, x, y, x_ids, y_ids, variant);
@@ -153,7 +164,7 @@ bool check_pairs(const Pairs& p) {
       const bool own = p.exclude_self && j == p.offset + i;
       const bool positive = !own && j == p.offset + (i + p.shift) % p.m;
       good = good && (p.own(r) == col) == own && (p.positive(r) == col) == positive;
-      if (own || positive) good = good && p.cross(r / 16 * 16, 16, col / 8 * 8, 8);
+      if (own || positive) good = good && p.crossings(r / 16 * 16, 16, 8).at(col / 8 * 8);
     }
   if (!good) std::printf("FAILED pairs m=%d k=%d shift=%d offset=%d\n", p.m, p.k, p.shift, p.offset);
   return good;
