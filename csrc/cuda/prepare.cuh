@@ -82,6 +82,7 @@ template <class A, int kLanes>
 MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
   const int lane = threadIdx.x % kLanes;
   const Prepared& out = in.out[side];
+  if (lane == 0 && out.ids) out.keys[row] = row < out.n ? key_of(out.ids[row]) : 0;
   const FeatureRow<typename A::Feature> features(in, side, row);
   using Element = typename A::Element;
 
@@ -117,7 +118,6 @@ MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
   if (lane != 0) return;
   const float norm = sqrtf(norm2), least = power * float(kNormEps);
   const float inverse = in.normalize ? 1 / (norm > least || norm != norm ? norm : least) : 1 / power;
-  if (out.ids) out.keys[row] = row < out.n ? key_of(out.ids[row]) : 0;
   out.inverse[row] = inverse;
   if (out.layout == Layout::kTiled) out.factors[gathered(row)] = inverse;
   out.back[row] = in.normalize ? (norm <= least ? 0 : power / norm) : 1;
