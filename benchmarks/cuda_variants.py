@@ -37,12 +37,15 @@ class Variant(NamedTuple):
 
 
 VARIANTS = (
-    Variant("as-it-is", "the consumers take turns at starting their products", (), ""),
+    Variant("as-it-is", "the consumers take turns at starting their products", (),
+            "2,055 clocks a tile if pipes work beside the tensor cores, 3,476 if behind: 2.3 to 3.9 ms"),
     Variant("turn-after-logits", "a turn ends when the logits are there, so that the terms are never in step",
-            ((GIVE, ""), (DONE, DONE + "  " + GIVE)), ""),
-    Variant("no-turns", "nothing orders the consumers", ((GIVE, ""), (TAKE, ""), (FIRST, ""), (BARRIERS, "")), ""),
-    Variant("both-products", "the terms start when the gradient before is done too, and have the other consumer's products beside them",
-            ((DONE, DONE.replace("1", "0")),), ""),
+            ((GIVE, ""), (DONE, DONE + "  " + GIVE)),
+            "2 to 3 % more, and less if the consumers were in step"),
+    Variant("no-turns", "nothing orders the consumers", ((GIVE, ""), (TAKE, ""), (FIRST, ""), (BARRIERS, "")),
+            "2 to 10 % more"),
+    Variant("both-products", "the terms start when the gradient before is done too, beside the other's products",
+            ((DONE, DONE.replace("1", "0")),), "1 to 2 % more"),
 )  # fmt: skip
 
 

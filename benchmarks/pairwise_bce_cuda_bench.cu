@@ -117,7 +117,7 @@ double floor_of(const Kind& kind, double n, double d, bool grad) {
   const double clock = attribute(cudaDevAttrClockRate) * 1e3 * attribute(cudaDevAttrMultiProcessorCount);
   const double units = grad ? (kind.arithmetic == Arithmetic::kFp16x3 && d > 128 ? 3 : 2) : 1;
   const double matrix = units * n * n * d * kind.products / (fma * clock);
-  const double special = 1.25 * n * n / (16 * clock);  // BoundedTerms
+  const double special = 1.125 * n * n / (16 * clock);  // BoundedTerms
   return std::max(matrix, special);
 }
 
