@@ -20,11 +20,12 @@ import argparse
 import re
 import sys
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cuda_resources import cubins, kernel_name, run, shapes
-from benchmarks.harness.machine_code import main_loop, tool
+from benchmarks.harness.machine_code import main_loop, tool, voted_ways
 from benchmarks.harness.paths import ROOT
 
 #: Clocks that a warp's instruction keeps its pipe, a quarter of a multiprocessor's: by the throughputs in the CUDA
@@ -100,8 +101,8 @@ def way(steps: list[Instruction], labels: dict[str, int], first: int, last: int)
     return ways[last]
 
 
-def trace(loop: str, logits: int, form: str) -> list[Instruction]:
-    """Once around a main loop, with one form of the terms: each is a block of code with all logits, or half."""
+def parse(loop: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Its instructions, and which of them labels name."""
     steps: list[Instruction] = []
     labels: dict[str, int] = {}
     lines = loop.splitlines()
@@ -110,6 +111,22 @@ def trace(loop: str, logits: int, form: str) -> list[Instruction]:
             labels[label[1]] = len(steps)
         elif step := decode(line, more):
             steps.append(step)
+    return steps, labels
+
+
+def labelled_traces(loop: str, logits: int) -> Iterator[tuple[str, list[Instruction]]]:
+    """Once around a main loop with ids, where no group of logits has a positive pair, and where all have."""
+    steps, _ = parse(loop)
+    _, capped, other, _ = sorted(
+        voted_ways(loop, logits // 8, 1), key=lambda ways: len(ways[0])
+    )  # without the loss; crossed
+    for name, way in (("capped", capped[0]), ("any", other[0]), ("positive", other[1])):
+        yield name, [steps[i] for i in way[:-1]]  # as all of them, without the jump back
+
+
+def trace(loop: str, logits: int, form: str) -> list[Instruction]:
+    """Once around a main loop, with one form of the terms: each is a block of code with all logits, or half."""
+    steps, labels = parse(loop)
     starts = sorted({0, *labels.values()})
     blocks = []
     for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
@@ -242,12 +259,16 @@ def main() -> None:
         code = run(tool("nvdisasm"), "-c", "-hex", cubin)
         for part in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]:
             name = kernel_name(re.split(r"[\s,]", part, maxsplit=1)[0])
-            if not name.startswith("hopper") or name.endswith("ids") or "HGMMA" not in part:
+            if not name.startswith("hopper") or "HGMMA" not in part:
                 continue
-            shape = tiles[name]
+            shape = tiles[name.removesuffix(" ids")]
             consumers = (shape.threads - 128) // 128
-            for form in FORMS:
-                steps = trace(main_loop(part), shape.logits, form)
+            loop = main_loop(part)
+            if name.endswith("ids"):
+                forms = labelled_traces(loop, shape.logits)
+            else:
+                forms = ((form, trace(loop, shape.logits, form)) for form in FORMS)
+            for form, steps in forms:
                 for meet, share in (("beside", BESIDE), ("behind", BEHIND)):
                     found = Scheduler(steps, consumers, share).run()
                     print(ROW.format(name, form, consumers, len(steps), meet, *found), flush=True)

@@ -8,7 +8,8 @@ instructions, exponentials and special functions per logit; of a main loop the b
 instructions, in each form of its terms (without the loss, of a known bound, of any, crossed by a diagonal; special
 functions in brackets) and around them, branches that are rarely taken included. Cubins may be named instead. The kernel
 called logits has each form twice, and around them the products of 64 features; that called wide, which does the same on
-8.0, has no loop around its terms, and all of it counts.
+8.0, has no loop around its terms, and all of it counts. Of kernels with ids: all along one way through the loop, with
+no positive pair and with some in each group of logits, in each form of the terms.
 
 Exit status 1 if a kernel uses local memory (a spill), if one with a main loop has matrix instructions of another kind
 than is due (HGMMA for 9.0a's own, else HMMA), waits for each of them, has more than two special functions per logit
@@ -28,7 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.harness.machine_code import main_loop, tool
+from benchmarks.harness.machine_code import main_loop, tool, voted_ways, without_detours
 from benchmarks.harness.paths import ROOT
 
 ROW = "{:<7} {:<23} {:>4} {:>5} {:>5} {:>9} {:>6} {:>6} {:>5} {:>10} {:>7}  {}"
@@ -112,7 +113,7 @@ def read(cubin: Path, arch: str) -> list[Kernel]:
             continue
         special, loop = None, ""
         if name.startswith(("sweep", "wide", *HOPPER)):
-            loop = part if name.startswith("wide") else main_loop(part)
+            loop = without_detours(part) if name.startswith("wide") else main_loop(part)
             exponentials = len(re.findall(r"\bMUFU\.EX2", loop))
             special = len(re.findall(r"\bMUFU", loop)) / exponentials if exponentials else float("inf")
         local, exponentials = (len(re.findall(rf"\b(?:{op})\b", part)) for op in ("LDL|STL", r"MUFU\.EX2"))
@@ -142,6 +143,13 @@ def instructions(loop: str, logits: int) -> str:
     return f"{terms} + {others / logits:.1f}" if terms else ""
 
 
+def labelled_instructions(loop: str, shape: Shape) -> str:
+    """With ids, of which csrc/cuda/labelled.cuh takes eight logits at a time."""
+    ways = voted_ways(loop, shape.logits // 8, shape.times)
+    counts = sorted([len(way) / (shape.logits * shape.times) for way in form] for form in ways)
+    return ", ".join(f"{least:.1f} to {most:.1f}" for least, most in counts)
+
+
 def faults(kernel: Kernel, shape: Shape | None) -> list[str]:
     wrong = []
     if kernel.stack or kernel.local:
@@ -165,7 +173,8 @@ def faults(kernel: Kernel, shape: Shape | None) -> list[str]:
     if stored(kernel.loop, shape) != (2 + record if makes_g else 0):
         wrong.append("stores more or less than G")
     # Of the loop's body, each with all logits. G's kernel always takes the loss.
-    forms = 1 if kernel.name.endswith("ids") else 4 if makes_g else 5
+    # With ids each but the bounded one, and each has two ways.
+    forms = (6 if makes_g else 8) if kernel.name.endswith("ids") else 4 if makes_g else 5
     if kernel.exponentials < forms * shape.logits * shape.times:
         wrong.append("too few exponentials")
     return wrong
@@ -214,7 +223,9 @@ def main() -> None:
                     " ".join(sorted(kernel.matrix)),
                     f"{kernel.special:.2f}",
                     f"{stored(kernel.loop, shape):.1f}",
-                    instructions(kernel.loop, shape.logits),
+                    labelled_instructions(kernel.loop, shape)
+                    if kernel.name.endswith("ids")
+                    else instructions(kernel.loop, shape.logits),
                 ]
             shared, resident, matrix, special, stores, counts = of_sweep
             row = ROW.format(arch, *kernel[:4], shared, resident, matrix, kernel.exponentials, special, stores, counts)

@@ -76,7 +76,7 @@ struct RowTerms {
     PairSums out;
     positive.to(out.positive);
     negative.to(out.negative);
-    if (!kIds) out.negative.count = 0;  // project_kernel counts
+    out.negative.count = -out.positive.count;  // of all pairs, which project_kernel counts
     out.distance = distance;
     to_array(out, sums);
   }
@@ -164,8 +164,8 @@ MIO_DEVICE void project_row(const ChunkProjection& in, const Coefficients& coeff
   auto y_at = [&](float (&v)[8], int f) { unit_eight<A>(v, in.cols, in.cols.layout, column, in.width, f, y_inverse); };
   float x[8], y[8];
   PositivePair pair;
+  out.negative.count += in.cols.n - (column >= 0) - (in.pairs.own(row) >= 0);
   if constexpr (!kIds) {
-    out.negative.count += in.cols.n - (column >= 0) - (in.pairs.own(row) >= 0);
     if (column >= 0) {
       for (int f = first; f < in.width; f += kStep) x_at(x, f), y_at(y, f), pair.add(x, y);
       pair.sum_up<kWideRowLanes>();

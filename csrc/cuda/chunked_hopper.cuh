@@ -36,13 +36,15 @@ static_assert(WideTile::kClusterRows == kChunkMultiple && WideTile::kBlockN == W
 // A stage is free once the consumers of both blocks have read it, for both producers write to both. What the other
 // writes may come before this one has announced it; the phase does not end before that.
 //
-// A tile's factors come with its first block of features. The slot is free then: the stage of that block was free, and
-// had a block of the tile before, of which there are at least kStages. Who has read that is done with the tile before.
+// A tile's factors, and keys, come with its first block of features. The slot is free then: the stage of that block was
+// free, and had a block of the tile before, of which there are at least kStages. Who has read that is done with the
+// tile before.
 MIO_DEVICE void produce_chunk(const ChunkLogits& in, uint32_t smem) {
   using T = WideTile;
   const TilePairs pairs{in};
   const int row_bytes = in.width * 2, blocks = in.width / kBlockFeatures, rank = pairs.cluster_rank();
   PipelineState<T> state{smem};
+  const uint32_t tile_bytes = in.cols.ids ? 2 * T::kFactorBytes : T::kFactorBytes;
   uint32_t factors = smem + T::kFactorsAt, other_factors = factors + T::kFactorBytes;
   for (int pair = pairs.first(); pair < pairs.count(); pair += pairs.clusters()) {
     const int col0 = pairs.first_column(pair);
@@ -51,11 +53,14 @@ MIO_DEVICE void produce_chunk(const ChunkLogits& in, uint32_t smem) {
         static_cast<const unsigned char*>(in.cols.z) + int64_t(col0 + rank * kRowMultiple) * row_bytes;
     for (int block = 0; block < blocks; ++block, state.next()) {
       mbarrier_wait(state.empty(), state.parity ^ 1);
-      mbarrier_arrive_expecting(state.full(), T::kStageBytes + (block == 0 ? T::kFactorBytes : 0));
+      mbarrier_arrive_expecting(state.full(), T::kStageBytes + (block == 0 ? tile_bytes : 0));
       bulk_copy(state.columns() - T::kColumnsAt, rows + int64_t(block) * T::kGroupBytes, T::kGroupBytes, state.full());
       bulk_copy_to((1 << T::kCluster) - 1, state.columns() + rank * T::kGroupBytes,
                    columns + int64_t(block) * T::kGroupBytes, T::kGroupBytes, state.full());
-      if (block == 0) bulk_copy(factors, in.cols.inverse + col0, T::kFactorBytes, state.full());
+      if (block > 0) continue;
+      bulk_copy(factors, in.cols.inverse + col0, T::kFactorBytes, state.full());
+      if (in.cols.ids)
+        bulk_copy(factors + T::kKeysAt - T::kFactorsAt, in.cols.keys + col0, T::kFactorBytes, state.full());
     }
     const uint32_t used = factors;
     factors = other_factors, other_factors = used;
@@ -117,7 +122,8 @@ MIO_DEVICE void wide_terms(const ChunkLogits& in, const Coefficients& coefficien
     const int col0 = tile_col0 + half * kHalf;
     const bool crossed = col0 + kHalf > in.cols.n || is_cut(consumer_row0, T::kConsumerRows, in.rows.n) ||
                          in.pairs.crossings(consumer_row0, T::kConsumerRows, kHalf).at(col0);
-    terms.template tile<0>(of, [] {}, factors + half * kHalf * 4, col0, crossed);
+    const uint32_t at = factors + half * kHalf * 4;
+    terms.template tile<0>(of, [] {}, at, at + T::kKeysAt - T::kFactorsAt, col0, crossed);
     if (in.g) store_g<A, N>(to + half * kHalf, int64_t(Gathered::kNextRow) * in.cols.n_pad, of[0], inverse);
   }
   double more[kSums];

@@ -118,7 +118,8 @@ MIO_DEVICE void fragment_terms(const ChunkLogits& in, float (&s)[F][N][4], uint3
   const Coefficients coefficients(read_params(in.constants, in.params));
   TileTerms<A, 1, kIds, GatheredColumns> terms(in.rows, in.cols, in.pairs, row0, coefficients, in.normalize, true);
   auto& of = reinterpret_cast<float (&)[1][N][4]>(s[f]);
-  terms.template tile<0>(of, [] {}, factors + warp_column(warp) * 4, col0, crossed);
+  const uint32_t at = factors + warp_column(warp) * 4;
+  terms.template tile<0>(of, [] {}, at, at + T::kKeysAt - T::kFactorsAt, col0, crossed);
   if (in.g) {
     const float inverse[2] = {in.rows.inverse[row0], in.rows.inverse[row0 + GatheredColumns::kNextRow]};
     auto* to = static_cast<typename A::Element*>(in.g) + int64_t(row0 - in.row0) * in.cols.n_pad + col0 +
@@ -143,8 +144,10 @@ __global__ void __launch_bounds__(PortableWideTile::kThreads, 2) chunk_logits_ke
   const int tile_row0 = in.first_row(blockIdx.x), tile_col0 = in.first_column(blockIdx.x);
   const int blocks = in.width / T::kFeatures;
   const WideCopies copies(in, tile_row0, tile_col0);
-  if (threadIdx.x < T::kBlockN / 4)
+  if (threadIdx.x < T::kBlockN / 4) {
     cp_async(smem + T::kFactorsAt + threadIdx.x * 16, in.cols.inverse + tile_col0 + threadIdx.x * 4);
+    if (in.cols.ids) cp_async(smem + T::kKeysAt + threadIdx.x * 16, in.cols.keys + tile_col0 + threadIdx.x * 4);
+  }
 #pragma unroll
   for (int block = 0; block < T::kStages - 1; ++block) {
     copies.start(smem + block * T::kStageBytes, block);

@@ -43,9 +43,6 @@ template <int kOpenGroups>
 MIO_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kOpenGroups) : "memory");
 }
-// Keeps the compiler from using a product's registers before this point for anything else.
-MIO_DEVICE void hold(float& r) { asm volatile("" : "+f"(r)::"memory"); }
-MIO_DEVICE void hold(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
 
 #define MIO_C4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define MIO_C16(i) MIO_C4(i), MIO_C4(i + 1), MIO_C4(i + 2), MIO_C4(i + 3)

@@ -144,6 +144,7 @@ struct Workspace {
     p.back = carver.take<float>(p.n_pad);
     p.half_norm = carver.take<float>(p.n_pad);
     p.ids = ids;
+    if (ids) p.keys = carver.take<uint32_t>(p.n_pad);
     p.layout = layout_of(in);
     return p;
   }

@@ -64,6 +64,12 @@ MIO_DEVICE float4 load_shared_four(uint32_t address) {
   return v;
 }
 
+MIO_DEVICE uint2 load_shared_words(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
 // 16 bytes from global to shared memory, there once cp_async_wait<n>() leaves at most n younger groups open.
 MIO_DEVICE void cp_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -133,6 +139,10 @@ MIO_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 MIO_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 MIO_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
+// What the compiler knows of r ends here: it may not use a product's registers before for anything else, nor what it
+// has made of r.
+MIO_DEVICE void hold(float& r) { asm volatile("" : "+f"(r)::"memory"); }
+MIO_DEVICE void hold(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
 // threadIdx.x and blockIdx.x, read anew: what the compiler has made of them before, it would keep in registers through
 // a loop that has none to spare.
 MIO_DEVICE int fresh_thread_index() {
@@ -146,6 +156,7 @@ MIO_DEVICE int fresh_block_index() {
   return index;
 }
 MIO_DEVICE void sync_warp() { __syncwarp(); }
+MIO_DEVICE bool any_of_warp(bool v) { return __any_sync(0xffffffffu, v); }
 // All blocks of a cooperative launch.
 MIO_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 template <typename T>

@@ -21,6 +21,7 @@ struct Prepared {
   float* back;         // [n_pad] dL/dz = (I - z^ z^T) dL/dz^ back; eq. (10)
   float* half_norm;    // [n_pad] |z^|^2 / 2, for the distance in eq. (12), with ids
   const int64_t* ids;  // [n] or nullptr
+  uint32_t* keys;      // [n_pad] of the ids, if there are any: different keys, different ids
   int n, n_pad;
   Layout layout;
 };
@@ -81,6 +82,7 @@ template <class A, int kLanes>
 MIO_DEVICE void prepare_row(const Prepare& in, int side, int row) {
   const int lane = threadIdx.x % kLanes;
   const Prepared& out = in.out[side];
+  if (lane == 0 && out.ids) out.keys[row] = row < out.n ? key_of(out.ids[row]) : 0;
   const FeatureRow<typename A::Feature> features(in, side, row);
   using Element = typename A::Element;
 

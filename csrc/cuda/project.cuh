@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
+#include "labelled.cuh"
 #include "prepare.cuh"
-#include "terms.cuh"
 
 namespace mio_ext {
 
@@ -144,6 +144,7 @@ struct RowProjection {
       }
     }
     scale(g, acc_weight);
+    if (there) out.negative.count += in.cols.n - (in.pairs.own(row) >= 0);
     if constexpr (!kIds) {
       positive_pair(g, x, row, there, out);
     }
@@ -230,8 +231,8 @@ struct RowProjection {
     for (int i = 0; i < kGroups; ++i) pair.add(x[i], y[i]);
     pair.sum_up<kRowLanes>();
     if (!there) return;
-    out.negative.count += in.cols.n - (column >= 0) - (in.pairs.own(row) >= 0);
     if (column < 0) return;
+    out.negative.count -= 1;
     pair.to(out, coefficients);
     if constexpr (kProducts) {
       out.negative.product -= pair.product;

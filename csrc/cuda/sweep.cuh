@@ -33,8 +33,10 @@ MIO_DEVICE void copy_rows(uint32_t to, const void* z, int row0) {
 template <class T>
 MIO_DEVICE void copy_columns(uint32_t stage, const Prepared& cols, int col0) {
   copy_rows<T, T::kBlockN>(stage, cols.z, col0);
-  if (threadIdx.x < T::kBlockN / 4)
+  if (threadIdx.x < T::kBlockN / 4) {
     cp_async(stage + T::kFactorsAt + threadIdx.x * 16, cols.inverse + col0 + threadIdx.x * 4);
+    if (cols.ids) cp_async(stage + T::kKeysAt + threadIdx.x * 16, cols.keys + col0 + threadIdx.x * 4);
+  }
 }
 
 // ---------------------------------------------------------------- the kernel
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(Tile<A, kWidth>::kThreads, Tile<A, kWidth>::kB
     logits<A, T>(s, smem + warp_row * T::kRowBytes, stage);
     const bool crossed = col0 + T::kBlockN > in.cols.n || is_cut(block_row0 + warp_row, 16 * F, in.rows.n) ||
                          in.pairs.crossings(block_row0, T::kBlockM, T::kBlockN).at(col0);
-    terms.template tile<0>(s, [] {}, stage + T::kFactorsAt, col0, crossed);
+    terms.template tile<0>(s, [] {}, stage + T::kFactorsAt, stage + T::kKeysAt, col0, crossed);
     if (in.grad) gradient<A, T>(acc, s, T::kSlices == 1 ? stage : stage + slice_at);
     stage = stage == last_stage ? first_stage : stage + T::kStageBytes;
   }

@@ -42,11 +42,12 @@ MIO_DEVICE void produce(const Sweep& in, uint32_t smem, int first, int end) {
   for (int col0 = first; col0 < end; col0 += T::kBlockN, state.next()) {
     const auto* columns = static_cast<const unsigned char*>(in.cols.z) + row_at(T::kLayout, col0, T::kRowBytes);
     mbarrier_wait(state.empty(), state.parity ^ 1);
-    mbarrier_arrive_expecting(state.full(), T::kBlockN * (T::kRowBytes + 4));
+    mbarrier_arrive_expecting(state.full(), T::kBlockN * (T::kRowBytes + (in.cols.ids ? 8 : 4)));
     for (int block = 0; block < T::kBlocks; ++block)
       bulk_copy(state.columns() + block * T::kBlockN * kBlockRowBytes, columns + block * kRowMultiple * kBlockRowBytes,
                 T::kBlockN * kBlockRowBytes, state.full());
     bulk_copy(state.columns() + T::kFactorsAt, in.cols.factors + col0, T::kBlockN * 4, state.full());
+    if (in.cols.ids) bulk_copy(state.columns() + T::kKeysAt, in.cols.keys + col0, T::kBlockN * 4, state.full());
   }
 }
 
@@ -143,14 +144,15 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
       wgmma_wait<1>();
       hold_all(s[0]);
     };
-    terms.template tile<T::kFactorsAhead>(s, ready, state.columns() + T::kFactorsAt, col0, crossed);
+    terms.template tile<T::kFactorsAhead>(s, ready, state.columns() + T::kFactorsAt, state.columns() + T::kKeysAt, col0,
+                                          crossed);
     wgmma_wait<0>();
     hold_all(acc[0]);
 #pragma unroll
     for (int step = 0; step < N / 2; ++step) hold_all(g[step]);
     if (last.stage != state.stage) {
       sync_warp();
-      if (lane == 0) mbarrier_arrive(last.empty());
+      if (fresh_thread_index() % 32 == 0) mbarrier_arrive(last.empty());
     }
 #pragma unroll
     for (int step = 0; step < N / 2; ++step) left_operand<A, N>(g[step], s[0], step);

@@ -5,8 +5,6 @@
 // A thread holds of a tile the rows and columns that `Order` says (tile.h).
 #pragma once
 
-#include <type_traits>
-
 #include "prepare.cuh"
 #include "sums.cuh"
 
@@ -235,7 +233,7 @@ struct NegativeTerms {
   // crossed: not all of these are negative pairs of rows and columns that exist. If none of a thread's rows exists,
   // they may count, for its sums do not.
   template <int kAhead, int N, class Ready>
-  MIO_DEVICE void tile(float (&s)[F][N][4], Ready ready, uint32_t factors, int col0, bool crossed) {
+  MIO_DEVICE void tile(float (&s)[F][N][4], Ready ready, uint32_t factors, uint32_t, int col0, bool crossed) {
     if (crossed)
       tile_of<AnyTerms, true, true, kAhead>(s, ready, factors, col0);
     else if (!loss)
@@ -318,124 +316,5 @@ struct NegativeTerms {
     to_array(out, sums);
   }
 };
-
-// Sums of one thread over pairs of one class.
-struct ThreadSums {
-  SoftplusSum softplus;
-  float product = 0, sigmoid = 0, sigmoid_product = 0;
-  int count = 0;
-
-  // All but the softplus, which goes by groups.
-  MIO_DEVICE void add(const Term& term, float of) {
-    count += 1;
-    product += of;
-    sigmoid += term.sigmoid;
-    sigmoid_product += term.sigmoid * of;
-  }
-  MIO_DEVICE void to(ClassSums& out) const {
-    out.count = count;
-    out.softplus = softplus.total();
-    out.product = product;
-    out.sigmoid = sigmoid;
-    out.sigmoid_prod = sigmoid_product;
-  }
-};
-
-// G with ids: d loss / d (x.y) over `unit`, the largest there is.
-struct LabelledWeights {
-  float unit, p, n, l;
-  MIO_DEVICE explicit LabelledWeights(const Coefficients& s) : unit(unit_of(s)) {
-    const float over = unit > 0 ? 1 / unit : unit == 0 ? 0 : unit;
-    p = -s.weight_p * over, n = s.weight_n * over, l = -s.weight_l * over;
-  }
-  MIO_DEVICE static float unit_of(const Coefficients& s) {
-    return fmaxf(fabsf(s.weight_p) + fabsf(s.weight_l), fabsf(s.weight_n));
-  }
-};
-
-// With ids any pair may be positive.
-template <class A, int F, class Order>
-struct LabelledTerms {
-  float inverse[F][2];
-  int64_t id[F][2];
-  ThreadSums positive, negative;
-  float distance = 0;
-  Coefficients coefficients;
-  LabelledWeights weights;
-  const Prepared &rows, &cols;
-  const Pairs& pairs;
-  int row0;
-
-  MIO_DEVICE LabelledTerms(const Prepared& rows, const Prepared& cols, const Pairs& pairs, int row0,
-                           const Coefficients& coefficients, bool, bool)
-      : coefficients(coefficients), weights(coefficients), rows(rows), cols(cols), pairs(pairs), row0(row0) {
-#pragma unroll
-    for (int f = 0; f < F; ++f)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = row0 + 16 * f + Order::kNextRow * h;
-        inverse[f][h] = rows.inverse[row] / A::kLift;
-        id[f][h] = row < rows.n ? rows.ids[row] : 0;
-      }
-  }
-
-  MIO_DEVICE static float acc_weight(const Coefficients& coefficients) {
-    return LabelledWeights::unit_of(coefficients) / A::kLift;
-  }
-
-  // As in NegativeTerms, for every tile.
-  template <int kAhead, int N, class Ready>
-  MIO_DEVICE void tile(float (&s)[F][N][4], Ready ready, uint32_t factors, int col0, bool) {
-    const ColumnFactors<Order> column_factors(factors);
-    ready();
-    const int column = threadIdx.x % 4 * Order::kLaneColumns;
-    float relu_p = 0, relu_n = 0, p_p = 0, p_n = 0;
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const float2 factor = column_factors.pair(n);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int col = col0 + Order::column(n) + column + j;
-        const int64_t col_id = col < cols.n ? cols.ids[col] : 0;
-        const float c = (j ? factor.y : factor.x) * A::kLift;
-#pragma unroll
-        for (int f = 0; f < F; ++f)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            float& at = s[f][n][2 * h + j];
-            const int row = row0 + 16 * f + Order::kNextRow * h;
-            const bool keep = row < rows.n && col < cols.n && col != pairs.own(row);
-            const bool same = keep && id[f][h] == col_id;
-            const float product = at * c * inverse[f][h];
-            const Term term(keep ? (same ? -(product * coefficients.p + coefficients.bias)
-                                         : product * coefficients.n + coefficients.bias)
-                                 : -float_of(0x7f800000u));
-            at = keep ? (same ? term.sigmoid * weights.p + weights.l : term.sigmoid * weights.n) * c : 0.0f;
-            if (same) {
-              relu_p += term.relu, p_p = times_1p(p_p, term.e);
-              positive.add(term, product);
-              distance += rows.half_norm[row] + cols.half_norm[col] - product;
-            } else if (keep) {
-              relu_n += term.relu, p_n = times_1p(p_n, term.e);
-              negative.add(term, product);
-            }
-          }
-      }
-    }
-    positive.softplus.add(relu_p, p_p);
-    negative.softplus.add(relu_n, p_n);
-  }
-
-  MIO_DEVICE void total(double (&sums)[kSums]) const {
-    PairSums out;
-    positive.to(out.positive);
-    negative.to(out.negative);
-    out.distance = distance;
-    to_array(out, sums);
-  }
-};
-
-template <class A, int F, bool kIds, class Order = Straight, bool kProducts = true>
-using TileTerms = std::conditional_t<kIds, LabelledTerms<A, F, Order>, NegativeTerms<A, F, Order, kProducts>>;
 
 }  // namespace mio_ext

@@ -70,6 +70,13 @@ MIO_HOST_DEVICE int feature_at(Layout layout, int row, int f) {
   return f / kBlockFeatures * (kRowMultiple * kBlockFeatures) + (f / 8 % 8 ^ place % 8) * 8 + f % 8;
 }
 
+// An id of 31 bits is its own key. Others have a hash, with the top bit set: equal ones may be of different ids.
+constexpr uint64_t kKeyFactor = 0x9e3779b97f4a7c15u;
+MIO_HOST_DEVICE constexpr uint32_t key_of(int64_t id) {
+  const uint64_t bits = uint64_t(id);
+  return bits >> 31 == 0 ? uint32_t(bits) : uint32_t(bits * kKeyFactor >> 32) | 0x80000000u;
+}
+MIO_HOST_DEVICE constexpr bool is_hashed(uint32_t key) { return key >> 31 != 0; }
 // Are some of these rows there, and others not?
 MIO_HOST_DEVICE constexpr bool is_cut(int row0, int rows, int n) { return row0 < n && n < row0 + rows; }
 
@@ -120,8 +127,9 @@ struct Tile {
 
   static constexpr int kSteps = kPartBytes / 32;  // of a matrix instruction along the features
   static constexpr int kFactorsAt = kBlockN * kRowBytes;
-  static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 127) / 128 * 128;  // swizzled() needs the 128
-  static constexpr int kColumnsAt = kBlockM * kRowBytes;                            // the rows come first
+  static constexpr int kKeysAt = kFactorsAt + kBlockN * 4;
+  static constexpr int kStageBytes = (kKeysAt + kBlockN * 4 + 127) / 128 * 128;  // swizzled() needs the 128
+  static constexpr int kColumnsAt = kBlockM * kRowBytes;                         // the rows come first
   static constexpr int kSharedBytes = kColumnsAt + kStages * kStageBytes;
 };
 
@@ -147,7 +155,8 @@ struct HopperTile {
 
   static constexpr int kBlocks = kWidth / kBlockFeatures;
   static constexpr int kFactorsAt = kBlockN * kRowBytes;
-  static constexpr int kStageBytes = (kFactorsAt + kBlockN * 4 + 1023) / 1024 * 1024;
+  static constexpr int kKeysAt = kFactorsAt + kBlockN * 4;
+  static constexpr int kStageBytes = (kKeysAt + kBlockN * 4 + 1023) / 1024 * 1024;
   static constexpr int kColumnsAt = kBlockM * kRowBytes;  // the rows come first
   static constexpr int kBarriersAt = kColumnsAt + kStages * kStageBytes;
   static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
@@ -171,7 +180,8 @@ struct WideTile {
   static constexpr int kColumnsAt = kBlockM * kBlockRowBytes;        // in a stage; the rows come first
   static constexpr int kStageBytes = kColumnsAt + kBlockN * kBlockRowBytes;
   static constexpr int kFactorsAt = kStages * kStageBytes, kFactorBytes = kBlockN * 4;  // of this tile and the next
-  static constexpr int kBarriersAt = kFactorsAt + 2 * kFactorBytes;
+  static constexpr int kKeysAt = kFactorsAt + 2 * kFactorBytes;                         // likewise
+  static constexpr int kBarriersAt = kKeysAt + 2 * kFactorBytes;
   static constexpr int kSharedBytes = kBarriersAt + 16 * kStages;
 };
 
@@ -186,7 +196,8 @@ struct PortableWideTile {
   static constexpr int kColumnsAt = kBlockM * kRowBytes;  // in a stage; the rows come first
   static constexpr int kStageBytes = kColumnsAt + kBlockN * kRowBytes;
   static constexpr int kFactorsAt = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kFactorsAt + kBlockN * 4;
+  static constexpr int kKeysAt = kFactorsAt + kBlockN * 4;
+  static constexpr int kSharedBytes = kKeysAt + kBlockN * 4;
 
   // Two rows share 128 bytes, and chunk c of row r lies at c ^ (r / 2 % 4) of its half: eight rows of one chunk fill
   // all banks once.

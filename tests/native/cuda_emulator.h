@@ -99,6 +99,11 @@ inline float2 load_shared_pair(uint32_t address) {
   std::memcpy(&v, emulator::at_shared(address, 8), 8);
   return v;
 }
+inline uint2 load_shared_words(uint32_t address) {
+  uint2 v;
+  std::memcpy(&v, emulator::at_shared(address, 8), 8);
+  return v;
+}
 inline float4 load_shared_four(uint32_t address) {
   float4 v;
   std::memcpy(&v, emulator::at_shared(address, 16), 16);
@@ -194,10 +199,20 @@ inline void times_or_add(float t, float& v, float e, float& sum) {
     sum += t;
 }
 
+inline void hold(float&) {}
+inline void hold(uint32_t&) {}
 inline int fresh_thread_index() { return int(emulator::machine.current); }
 inline int fresh_block_index() { return int(emulator::machine.block_index.x); }
 inline void sync_warp() {
   emulator::collective(nullptr, [](void**) {});
+}
+inline bool any_of_warp(bool v) {
+  emulator::collective(&v, [](void** lanes) {
+    bool any = false;
+    for (int l = 0; l < 32; ++l) any |= *static_cast<bool*>(lanes[l]);
+    for (int l = 0; l < 32; ++l) *static_cast<bool*>(lanes[l]) = any;
+  });
+  return v;
 }
 template <typename T>
 T shuffle_xor(T v, int mask) {

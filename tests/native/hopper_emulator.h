@@ -28,8 +28,6 @@ void wgmma_wait(MIO_PLACE) {
     emulator::own_warp().fenced = false;
   });
 }
-inline void hold(float&) {}
-inline void hold(uint32_t&) {}
 
 // Number (row, column) of what a descriptor names; transposed: it sums over its rows.
 template <class T>

@@ -29,7 +29,9 @@ bool right(const Family& family) {
   const Case& c = family.problem;
   const int64_t k = c.k ? c.k : c.m;
   const Input x(type, c.m, c.d, 1, 1), y(type, k, c.d, 1, 2);
-  const std::vector<int64_t> x_ids(c.m), y_ids(k);
+  std::vector<int64_t> x_ids(c.m), y_ids(k);
+  for (int64_t i = 0; i < c.m; ++i) x_ids[i] = i % 7;
+  for (int64_t j = 0; j < k; ++j) y_ids[j] = j % 7;
   const LossParams params{4, 3, -0.5, 0.5, 1.0 / 64, 0};
   const Result expected = by_double_loop(c, x.values, y.values, x_ids, y_ids, params);
   const Outputs out = run(type, c, params, x, y, x_ids, y_ids, family.options);
@@ -93,6 +95,10 @@ int main() {
       {"hopper", {140, 1100, 64, 3, 500, false, true, false}, hopper},
       {"wide rows", {290, 300, 320, 3, 5, false, true, false}, wide},
       {"wide rows on hopper", {290, 300, 264, 3, 5, false, true, false}, hopper_wide},
+      {"portable, ids", {140, 1100, 64, 3, 500, false, true, true}, one},
+      {"hopper, ids", {140, 1100, 64, 3, 500, false, true, true}, hopper},
+      {"wide rows, ids", {290, 300, 320, 3, 5, false, true, true}, wide},
+      {"wide rows on hopper, ids", {290, 300, 264, 3, 5, false, true, true}, hopper_wide},
   };
   Places all, seen;
   for (const Family& family : families) {

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_ids_test.h"
 #include "cuda_test_problem.h"
 
 namespace {
@@ -356,6 +357,10 @@ void run_all(const Type& type, bool hopper, const Filter& filter, Tally& tally) 
     }
   options.multiprocessors = 1;
   if (!filter.takes(type, hopper, 64)) return;
+  tally.run(type, hopper, "ids", [&] { return check_ids(type, options, {70, 300, 64, 3, 5, true, true, true}); });
+  if (type.bytes == 2)
+    tally.run(type, hopper, "ids, wide rows",
+              [&] { return check_ids(type, options, {70, 600, 264, 3, 5, true, true, true}); });
   for (bool ids : {false, true}) {
     const std::string with = ids ? ", ids" : "";
     for (bool normalize : {true, false})
