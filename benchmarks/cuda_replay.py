@@ -9,9 +9,10 @@ instruction a clock for all warps, as the stall counts and scoreboards say that 
 instruction (nvdisasm -hex prints them). A pipe takes a warp's instruction for some clocks; the tensor core works on
 products beside that, of the warps in turn, and holds back a warp that has two of them waiting. Tiles are always there.
 
-How much the other pipes get done while a tensor core is busy is not documented. So each kernel is replayed twice:
-"beside" as if the two never met, and "behind" with the share of issue slots, BEHIND, that gives D = 128 the 4,060
-clocks of the profile in docs/cuda.md. D = 64 and 256, and the share of clocks without a warp to issue, are then a test.
+How much the other pipes get done while a tensor core is busy is not documented. So each kernel is replayed thrice:
+"beside" as if the two never met; "behind" with the share of issue slots, BEHIND, that gives D = 128 the 4,060 clocks of
+the profile in docs/cuda.md; "after" as if all else began when the products have ended. D = 64 and 256, and the share of
+clocks without a warp to issue, are then a test.
 """
 
 from __future__ import annotations
@@ -157,8 +158,8 @@ class Warp:
 
 
 class Scheduler:
-    def __init__(self, steps: list[Instruction], consumers: int, share: float) -> None:
-        self.steps, self.share = steps, share
+    def __init__(self, steps: list[Instruction], consumers: int, share: float, products: float = 1.0) -> None:
+        self.steps, self.share, self.products = steps, share, products
         self.warps = [Warp() for _ in range(consumers)]
         self.warps[0].turns.append(0.0)
         self.warps_by_turn = list(self.warps)
@@ -203,7 +204,7 @@ class Scheduler:
         step = self.steps[warp.at]
         if step.op.startswith("HGMMA"):
             ends = "gsb0" in step.text
-            warp.products.append((step.product_clocks, ends))
+            warp.products.append((self.products * step.product_clocks, ends))
             warp.groups += ends
             self.order.append(warp)
         elif step.op.startswith("BAR.SYNC"):
@@ -247,6 +248,16 @@ class Scheduler:
         return self.tensor, self.issued, self.idle
 
 
+def replayed(steps: list[Instruction], consumers: int, meet: str) -> tuple[float, ...]:
+    """As Scheduler.run(), with what is assumed of tensor cores and other pipes."""
+    if meet != "after":
+        return Scheduler(steps, consumers, BESIDE if meet == "beside" else BEHIND).run()
+    clocks, _, issued, _ = Scheduler(steps, consumers, BESIDE, products=0).run()
+    tensor = consumers * sum(step.product_clocks for step in steps if step.op.startswith("HGMMA"))
+    share = clocks / (clocks + tensor)
+    return clocks + tensor, 100 * (1 - share), issued * share, 100 - issued * share
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=Path, help="objects, or .cubin files (default what setup.py built)")
@@ -269,8 +280,8 @@ def main() -> None:
             else:
                 forms = ((form, trace(loop, shape.logits, form)) for form in FORMS)
             for form, steps in forms:
-                for meet, share in (("beside", BESIDE), ("behind", BEHIND)):
-                    found = Scheduler(steps, consumers, share).run()
+                for meet in ("beside", "behind", "after"):
+                    found = replayed(steps, consumers, meet)
                     print(ROW.format(name, form, consumers, len(steps), meet, *found), flush=True)
 
 

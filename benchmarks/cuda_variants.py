@@ -38,12 +38,12 @@ class Variant(NamedTuple):
 
 VARIANTS = (
     Variant("as-it-is", "the consumers take turns at starting their products", (),
-            "2,055 clocks a tile if pipes work beside the tensor cores, 3,476 if behind: 2.3 to 3.9 ms"),
+            "2,081 clocks a tile if pipes work beside the tensor cores, 3,514 if behind: 2.3 to 3.95 ms"),
     Variant("turn-after-logits", "a turn ends when the logits are there, so that the terms are never in step",
             ((GIVE, ""), (DONE, DONE + "  " + GIVE)),
-            "2 to 3 % more, and less if the consumers were in step"),
+            "the same within 2 %, and less if the consumers were in step"),
     Variant("no-turns", "nothing orders the consumers", ((GIVE, ""), (TAKE, ""), (FIRST, ""), (BARRIERS, "")),
-            "2 to 10 % more"),
+            "1 to 10 % more"),
     Variant("both-products", "the terms start when the gradient before is done too, beside the other's products",
             ((DONE, DONE.replace("1", "0")),), "1 to 2 % more"),
 )  # fmt: skip

@@ -79,9 +79,9 @@ struct LabelledTerms {
         cols(cols),
         pairs(pairs),
         row0(row0),
-        form(!loss                                                                        ? Form::kNoLoss
-             : normalize && fabsf(coefficients.n) + coefficients.bias < CappedTerms::kTop ? Form::kCapped
-                                                                                          : Form::kAny) {
+        form(!loss                                             ? Form::kNoLoss
+             : normalize && CappedTerms::will_do(coefficients) ? Form::kCapped
+                                                               : Form::kAny) {
     uint32_t all = 0;
 #pragma unroll
     for (int f = 0; f < F; ++f)

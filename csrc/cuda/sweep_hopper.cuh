@@ -116,8 +116,9 @@ __global__ void __launch_bounds__(HopperTile<A, kWidth>::kThreads + HopperTile<A
   const int block_row0 = blockIdx.x * T::kBlockM, consumer_row0 = block_row0 + consumer * T::kConsumerRows;
   const int row0 = block_row0 + threadIdx.x / 32 * 16 + lane / 4;  // this thread's first
   const Descriptor rows(smem + consumer * T::kConsumerRows * kBlockRowBytes);
-  // Of columns, before which a tile's pairs are all there: none, if only some of this warp's rows are.
-  const int there = is_cut(block_row0 + uniform(threadIdx.x / 32) * 16, 16, in.rows.n) ? 0 : in.cols.n;
+  // Of columns, before which a tile's pairs are all there: none, if only some of this consumer's rows are. The same for
+  // its four warps, which wait for products in branches that this decides.
+  const int there = uniform(is_cut(consumer_row0, T::kConsumerRows, in.rows.n) ? 0 : in.cols.n);
   const Crossings crossings = in.pairs.crossings(consumer_row0, T::kConsumerRows, T::kBlockN);
   const int my_barrier = 1 + consumer, other_barrier = 2 - consumer;
   const Coefficients coefficients(read_params(in.results.constants, in.results.params));

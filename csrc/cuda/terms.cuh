@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arithmetic of a tile of logits in registers, eq. (7)-(8) and (11)-(12): it becomes loss, statistics and G,
-// d loss / d (x.y), from one exponential and one reciprocal each.
+// d loss / d (x.y), from one exponential each, and a reciprocal for two, four or eight.
 //
 // A thread holds of a tile the rows and columns that `Order` says (tile.h).
 #pragma once
@@ -60,11 +60,11 @@ struct SoftplusSum {
     sum += relu + float(exponent);
     p = exponent > 0 ? float_of((bits & 0x007fffffu) | 0x3f800000u) - 1 : q;
   }
-  // The same without a max(t, 0), of factors of which none is tiny beside 1, times 2^-kLowered.
-  static constexpr int kLowered = 100;
+  // The same without a max(t, 0), of factors of which none is tiny beside 1; their product began at kLowest.
+  static constexpr float kLowest = 0x1p-100f;
   MIO_DEVICE void add_factors(float product) {
     const uint32_t bits = bits_of((1 + p) * product);
-    sum += float(int(bits >> 23) - 127 + kLowered) + (product - product);  // NaN, which bits lose
+    sum += float(int(bits >> 23) - int(bits_of(kLowest) >> 23)) + (product - product);  // NaN, which bits lose
     p = float_of((bits & 0x007fffffu) | 0x3f800000u) - 1;
   }
   MIO_DEVICE double total() const { return double(kLn2) * (double(sum) + double(log2_1p(p))); }
@@ -108,11 +108,15 @@ struct AnyTerms {
 
 // t up to kTop, however far below: e = 2^t itself, no case of a sign, and no max(t, 0).
 struct CappedTerms {
-  static constexpr float kTop = 0.9f;
-  static constexpr int kMost = 64;  // of 1 + 2^0.9 are 2^97
+  static constexpr float kTop = 0.9f, kMostScale = 4096;  // which leave rounding room: 64 of 1 + 2^1.5 are 2^125
+  static constexpr int kMost = 64;
   static constexpr float kShift = 0;
   float p = 0, sigma = 0;
 
+  // By |x^ . y^| <= 1, of unit vectors.
+  MIO_DEVICE static bool will_do(const Coefficients& c) {
+    return fabsf(c.n) < kMostScale && fabsf(c.n) + c.bias < kTop;
+  }
   MIO_DEVICE void add(const float (&t)[8], float (&weight)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; j += 4) {
@@ -131,7 +135,7 @@ struct CappedTerms {
     sigma += sum_eight(weight);
   }
   MIO_DEVICE void to(SoftplusSum& softplus, float& sigmas, int) const {
-    softplus.add(0, p);
+    softplus.add(p - p, p);  // NaN by the first: the second may lose it
     sigmas += sigma;
   }
 };
@@ -142,9 +146,10 @@ struct BoundedTerms {
   static constexpr float kTop = 3;
   static constexpr int kMost = 64;  // of 1 + 2^3 are 2^203
   static constexpr float kShift = 1;
-  float product = 0x1p-100f;  // of 1 + e, lowered
-  uint32_t weights = 0;       // their bits, added up
+  float product = SoftplusSum::kLowest;  // of 1 + e
+  uint32_t weights = 0;                  // their bits, added up
 
+  MIO_DEVICE static bool will_do(const Coefficients& c) { return fabsf(c.n) + fabsf(c.bias) < kTop; }
   MIO_DEVICE void add(const float (&t)[8], float (&weight)[8]) {
     float f[8], two[4];
 #pragma unroll
@@ -159,7 +164,6 @@ struct BoundedTerms {
     product *= all;
   }
   MIO_DEVICE void to(SoftplusSum& softplus, float& sigmas, int count) const {
-    static_assert(SoftplusSum::kLowered == 100);
     softplus.add_factors(product);
     sigmas += float(int(weights - count * bits_of(1.0f))) * (1.0f / (1 << 23)) + (product - product);
   }
@@ -219,12 +223,11 @@ struct NegativeTerms {
 
   MIO_DEVICE static float acc_weight(const Coefficients& coefficients) { return coefficients.weight_n / A::kLift; }
 
-  // By |x^ . y^| <= 1.
   MIO_DEVICE static Form form_of(const Coefficients& coefficients, bool normalize) {
-    const float n = fabsf(coefficients.n);
     if (!normalize) return Form::kAny;
-    if (n + fabsf(coefficients.bias) < BoundedTerms::kTop) return Form::kBounded;
-    return n + coefficients.bias < CappedTerms::kTop ? Form::kCapped : Form::kAny;
+    return BoundedTerms::will_do(coefficients)  ? Form::kBounded
+           : CappedTerms::will_do(coefficients) ? Form::kCapped
+                                                : Form::kAny;
   }
   MIO_DEVICE float shift() const { return form == Form::kBounded ? BoundedTerms::kShift : 0; }
 

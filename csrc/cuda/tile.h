@@ -148,8 +148,8 @@ struct HopperTile {
   static constexpr int kBlockN = kWidth == 256 ? 64 : 128;
   static constexpr int kStages = 4;
   static constexpr bool kProductsInLoop = false;
-  static constexpr int kFactorsAhead =
-      3;  // of a thread's norms' factors, fours that it reads while the logits are made
+  // Of a thread's norms' factors, fours that it reads while the logits are made.
+  static constexpr int kFactorsAhead = 2;
   // Registers a thread: 65,536 in all, less than a third of them until producer and consumers divide them up.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
@@ -248,7 +248,7 @@ struct Pairs {
     const int column = transposed ? i : offset + i;
     return column < (transposed ? m : k) && column != own(row) ? column : -1;
   }
-  // Of tiles of this size, below each other no further than rows are.
+  // Of a block of `rows` rows from row0 on, with tiles of `cols` columns.
   MIO_HOST_DEVICE Crossings crossings(int row0, int rows, int cols) const {
     const int sign = transposed ? -1 : 1, first = row0 - cols + 1, positive = first + sign * (offset + shift);
     return {{exclude_self ? first + sign * offset : positive, positive, positive - sign * m},

@@ -30,13 +30,14 @@ inline bool check_ids(const Type& type, const Options& options, const Case& c) {
   const auto& last = kinds[std::size(kinds) - 1];
   if (key_of(last.of(1, false)) != key_of(last.of(2, false))) return false;
   const Input x(type, c.m, c.d, 1, 1), y(type, c.k, c.d, 1, 2);
-  const LossParams params{4, 3, -0.5, 0.5, 1.0 / 64, 0.25};
   bool good = true;
   for (const auto& kind : kinds) {
     if (c.d > kMaxFusedFeatures && &kind > kinds + 1) break;
     std::vector<int64_t> x_ids(c.m), y_ids(c.k);
     for (int64_t i = 0; i < c.m; ++i) x_ids[i] = kind.of(i, false);
     for (int64_t j = 0; j < c.k; ++j) y_ids[j] = kind.of(j, true);
+    const bool capped = (&kind - kinds) % 2 == 0;  // the terms: csrc/cuda/terms.cuh
+    const LossParams params{4, capped ? 9.0 : 3.0, capped ? -9 : -0.5, 0.5, 1.0 / 64, 0.25};
     double positives = 0;
     for (int64_t i = 0; i < c.m; ++i)
       for (int64_t j = 0; j < c.k; ++j) positives += j != c.offset + i && x_ids[i] == y_ids[j];

@@ -20,17 +20,25 @@ namespace {
 
 using namespace mio_ext;
 
-bool check(const Type& type, const Case& c, const Options& options) {
+// Of the terms, by what is known of unit vectors' logits: csrc/cuda/terms.cuh.
+enum class Form { kBounded, kCapped, kAny };
+constexpr Form kForms[] = {Form::kBounded, Form::kCapped, Form::kAny};
+constexpr const char* kFormNames[] = {"bounded", "capped", "any"};
+
+// Exact in float32.
+LossParams params_of(Form form, bool normalize) {
+  const double scale = form == Form::kBounded ? 1.5 : form == Form::kCapped ? 9 : 12;
+  return {4, scale, form == Form::kBounded ? -0.5 : -9, 0.5, 1.0 / 64, normalize ? 0.25 : 0};
+}
+
+bool check(const Type& type, const Case& c, const Options& options, Form form) {
   const int64_t k = c.k ? c.k : c.m;
   const int stride = c.d % 2 ? 2 : 1;
   const Input x(type, c.m, c.d, stride, 1), y(type, k, c.d, stride, 2);
   std::vector<int64_t> x_ids(c.m), y_ids(k);
   for (int64_t i = 0; i < c.m; ++i) x_ids[i] = (i * 7 % 5) << 40;
   for (int64_t j = 0; j < k; ++j) y_ids[j] = (j * 3 % 5) << 40;
-  // Exact in float32. Unit vectors' logits are bounded, capped or any: terms.cuh.
-  const bool bounded = options.multiprocessors == 1, capped = c.m / 10 % 2 == 1;
-  const LossParams params{
-      4, bounded ? 1.5 : capped ? 9.0 : 12.0, bounded ? -0.5 : -9.0, 0.5, 1.0 / 64, c.normalize ? 0.25 : 0.0};
+  const LossParams params = params_of(form, c.normalize);
   const Result expected = by_double_loop(c, x.values, y.values, x_ids, y_ids, params);
   Options variant = options, alone = options;
   variant.variant = true, alone.want_dx = false;
@@ -93,26 +101,28 @@ constexpr Pattern kPatterns[] = {{"NaN of a GPU", 0x7fffffff, 0x7fff, 0x7fff, tr
 // One feature that is not finite: in x, in its second part, or in y, of a column that is nobody's positive and crossed
 // by no diagonal. Without normalize Inf is a number like others, and may meet a logit whose loss is 0.
 bool check_not_finite(const Type& type, const Options& options, bool ids, bool normalize) {
-  const Case c{40, 600, 64, 0, 0, false, normalize, ids};
   bool good = true;
-  std::vector<int64_t> x_ids(c.m), y_ids(c.k);
-  for (int64_t i = 0; i < c.m; ++i) x_ids[i] = i;
-  for (int64_t j = 0; j < c.k; ++j) y_ids[j] = j;
+  std::vector<int64_t> x_ids(64), y_ids(400);
+  for (int64_t i = 0; i < 64; ++i) x_ids[i] = i;
+  for (int64_t j = 0; j < 400; ++j) y_ids[j] = j;
   for (const Pattern& pattern : kPatterns)
     for (const char* where : {"x", "x2", "y"}) {
       if (!pattern.nan && !normalize) continue;
+      // Of 64 rows all warps are whole, and only the first tiles of columns are crossed; of 40 some warps are not, and
+      // take all tiles for crossed.
+      const Case c{&pattern == kPatterns ? 40 : 64, 400, 64, 0, 0, false, normalize, ids};
       Input x(type, c.m, c.d, 1, 1), y(type, c.k, c.d, 1, 2);
       const bool in_y = !std::strcmp(where, "y");
-      (in_y ? y : x).put(in_y ? 400 * c.d + 5 : where[1] ? 25 * c.d + 5 : 3 * c.d + 5, pattern.bits(type));
-      for (double scale : {1.0, 3.0, 9.0}) {  // logits that are bounded, any, and capped
-        const LossParams params{scale, scale, scale == 9 ? -9.0 : 0.0, 0.5, 1.0 / 64, 0};
+      (in_y ? y : x).put(in_y ? 300 * c.d + 5 : where[1] ? 35 * c.d + 5 : 3 * c.d + 5, pattern.bits(type));
+      for (const Form form : kForms) {
+        const LossParams params = params_of(form, false);
         Options variant = options;
         variant.variant = where[1];
         const Outputs out = run(type, c, params, x, y, x_ids, y_ids, variant);
         const float gradient = in_y ? out.dx[0] : out.dy[0];
         if (std::isnan(out.loss) && std::isnan(out.stats[3]) && std::isnan(gradient)) continue;
-        std::printf("\n  a %s in %s is lost, with a scale of %.0f: loss %f, mean loss of negatives %f, gradient %f\n",
-                    pattern.name, where, scale, double(out.loss), out.stats[3], double(gradient));
+        std::printf("\n  a %s in %s is lost, %s: loss %f, mean loss of negatives %f, gradient %f\n", pattern.name,
+                    where, kFormNames[int(form)], double(out.loss), out.stats[3], double(gradient));
         good = false;
       }
     }
@@ -154,7 +164,8 @@ std::string without_hopper() {
   return "";
 }
 
-// special columns against the definition, for every row; cross() may only err on the safe side.
+// Special columns against the definition, for every row; crossings may only err on the safe side, and not by more than
+// the block and the tile are high and wide.
 bool check_pairs(const Pairs& p) {
   bool good = true;
   const int rows = p.transposed ? p.k : p.m, cols = p.transposed ? p.m : p.k;
@@ -165,6 +176,18 @@ bool check_pairs(const Pairs& p) {
       const bool positive = !own && j == p.offset + (i + p.shift) % p.m;
       good = good && (p.own(r) == col) == own && (p.positive(r) == col) == positive;
       if (own || positive) good = good && p.crossings(r / 16 * 16, 16, 8).at(col / 8 * 8);
+    }
+  const int sign = p.transposed ? -1 : 1;
+  for (int row0 = 0; row0 < rows; row0 += 16)
+    for (int col0 = 0; col0 < cols; col0 += 8) {
+      bool crossed = false;
+      for (int r = row0; r < row0 + 16; ++r)
+        for (int col = col0; col < col0 + 8; ++col) {
+          const int diagonal = sign * (col - r);
+          crossed = crossed || (p.exclude_self && diagonal == p.offset) || diagonal == p.offset + p.shift ||
+                    diagonal == p.offset + p.shift - p.m;
+        }
+      good = good && p.crossings(row0, 16, 8).at(col0) == crossed;
     }
   if (!good) std::printf("FAILED pairs m=%d k=%d shift=%d offset=%d\n", p.m, p.k, p.shift, p.offset);
   return good;
@@ -278,6 +301,13 @@ constexpr Case kCases[] = {
     {20, 1100, 64, 3, 500, true, true, false},  {10, 600, 130, 0, 30, false, true, false},  // more tiles than stages
     {20, 1800, 128, 3, 500, true, true, false},
 };
+// Most tiles whole and crossed by no diagonal, for each form of the terms.
+constexpr Case kWholeCases[] = {
+    {64, 500, 64, 0, 0, false, true, false},
+    {64, 500, 128, 0, 3, true, true, false},
+    {64, 300, 256, 0, 0, false, true, false},
+    {128, 600, 264, 0, 0, false, true, false},
+};
 // Chunked, with one kernel for logits and G.
 constexpr Case kWideCases[] = {
     {130, 0, 300, 65, 0, true, true, false},    {300, 0, 257, 150, 0, true, true, false},
@@ -342,18 +372,26 @@ std::string name_of(const Case& c, int multiprocessors) {
 void run_all(const Type& type, bool hopper, const Filter& filter, Tally& tally) {
   Options options;
   options.hopper = hopper;
+  auto run_case = [&](const Case& c, Form form) {
+    const std::string name = name_of(c, options.multiprocessors) + ", " + kFormNames[int(form)];
+    tally.run(type, hopper, name, [&] { return check(type, c, options, form); });
+  };
   for (const Case& c : kCases)
     for (int multiprocessors : {1, 6}) {  // one column range, and several
       if (!filter.takes(type, hopper, c.d)) continue;
       options.multiprocessors = multiprocessors;
-      tally.run(type, hopper, name_of(c, multiprocessors), [&] { return check(type, c, options); });
+      run_case(c, multiprocessors == 1 ? Form::kBounded : c.m / 10 % 2 == 1 ? Form::kCapped : Form::kAny);
     }
+  options.multiprocessors = 1;
+  for (const Case& c : kWholeCases)
+    for (const Form form : kForms)
+      if (filter.takes(type, hopper, c.d) && (type.bytes == 2 || c.d <= kMaxFusedFeatures)) run_case(c, form);
   for (const Case& c : kWideCases)
     for (int multiprocessors : {1, 5}) {  // one chunk, and the smallest chunks
       if (type.bytes == 4 || (!hopper && multiprocessors == 1) || !filter.takes(type, hopper, c.d)) continue;
       options.multiprocessors = multiprocessors;
       options.most_chunk_rows = multiprocessors == 1 ? 1 << 20 : kChunkMultiple;
-      tally.run(type, hopper, name_of(c, multiprocessors), [&] { return check(type, c, options); });
+      run_case(c, multiprocessors == 1 ? Form::kBounded : c.m / 10 % 2 == 1 ? Form::kCapped : Form::kAny);
     }
   options.multiprocessors = 1;
   if (!filter.takes(type, hopper, 64)) return;
