@@ -63,7 +63,6 @@ MIO_DEVICE float4 load_shared_four(uint32_t address) {
                : "memory");
   return v;
 }
-
 MIO_DEVICE uint2 load_shared_words(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");

@@ -88,27 +88,19 @@ inline void check_banks_op(void** lanes) {
     word[at % 32] = at;
   }
 }
+template <class T>
+T shared_value(uint32_t address) {
+  T v;
+  std::memcpy(&v, emulator::at_shared(address, sizeof(T)), sizeof(T));
+  return v;
+}
 inline uint32_t load_shared(uint32_t address) {
   emulator::collective(&address, check_banks_op);
-  uint32_t v;
-  std::memcpy(&v, emulator::at_shared(address, 4), 4);
-  return v;
+  return shared_value<uint32_t>(address);
 }
-inline float2 load_shared_pair(uint32_t address) {
-  float2 v;
-  std::memcpy(&v, emulator::at_shared(address, 8), 8);
-  return v;
-}
-inline uint2 load_shared_words(uint32_t address) {
-  uint2 v;
-  std::memcpy(&v, emulator::at_shared(address, 8), 8);
-  return v;
-}
-inline float4 load_shared_four(uint32_t address) {
-  float4 v;
-  std::memcpy(&v, emulator::at_shared(address, 16), 16);
-  return v;
-}
+inline float2 load_shared_pair(uint32_t address) { return shared_value<float2>(address); }
+inline float4 load_shared_four(uint32_t address) { return shared_value<float4>(address); }
+inline uint2 load_shared_words(uint32_t address) { return shared_value<uint2>(address); }
 
 inline void cp_async(uint32_t to, const void* from, MIO_PLACE) {
   MIO_MAY_BE_LEFT_OUT;
